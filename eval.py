@@ -1,0 +1,216 @@
+"""Look at what was learned: play lakes that no training saw, beside players that need no network.
+
+    python eval.py RUN unseen      the paper's figure 3 for any run: a table, a plot, RUN/curve.csv and RUN/curve.png
+    python eval.py RUN --watch     one trial on the terminal: the lake, the path, the Q-values of each step (figure 1)
+
+Part of the paper: section 4.2, evaluation. Every trial is one lake and one growing context; no weight changes. Departures:
+the curves come with 95 % confidence intervals and with reference players (uniform random, tabular Q-learning from nothing
+with the same exploration schedule, and a systematic explorer), and there are 200 trials instead of 50.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from frozen_lake import ACTIONS, MAX_STEPS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
+from icrl import Encoder, QNetwork, load_run, model_probability, play, replacing
+
+EPISODES = 30
+TEST_SEED = 2501_14176  # of the lakes set aside for tests; training leaves them out
+HEADER = ("experiment", "player", "episode", "mean_return", "ci_low", "ci_high", "trials")
+TRANSFORMER = "transformer in context"
+# one colour and one letter for each player, everywhere; the colours are Okabe and Ito's, for colour-blind readers
+PLAYERS = {
+    TRANSFORMER: ("#0072B2", "T"),
+    "systematic explorer": ("#009E73", "e"),
+    "tabular Q-learning": ("#E69F00", "q"),
+    "uniform random": ("#7F7F7F", "r"),
+}
+
+
+def held_out_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[Lake]:
+    """The first `count` test lakes of a distribution, the same ones every time."""
+    return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops)
+
+
+def returns_of(played) -> np.ndarray:
+    """(trials, episodes) undiscounted returns."""
+    return np.array([[episode.total for episode in trial] for trial in played])
+
+
+def unseen(
+    network: QNetwork,
+    encoder: Encoder,
+    lakes: list[Lake],
+    context: int,
+    max_steps: int = MAX_STEPS,
+    seed: int = 0,
+    references: bool = True,
+) -> dict[str, np.ndarray]:
+    """Returns (trials, episodes) of the network, and of the reference players on the same lakes, by name."""
+    rng = np.random.default_rng(seed)
+    returns = {TRANSFORMER: returns_of(play(network, encoder, lakes, EPISODES, rng, context, max_steps=max_steps))}
+    if references:
+        env = FrozenLake(lakes, rng, max_steps=max_steps)
+        for name, player in (
+            ("systematic explorer", Explorer(env, rng)),
+            ("tabular Q-learning", TabularQ(env, rng, model_probability)),
+            ("uniform random", RandomPlayer(env, rng)),
+        ):
+            returns[name] = returns_of(roll_out(env, player, EPISODES))
+    return returns
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def wilson(mean: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
+    """95 % confidence interval of a share (Wilson 1927): the return of an episode is 0 or 1. Honest at 0 and at 1 too."""
+    z = 1.96
+    centre = (mean + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * np.sqrt(mean * (1 - mean) / trials + z * z / (4 * trials * trials))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def curve_rows(experiment: str, returns: dict[str, np.ndarray]) -> list[tuple]:
+    """The rows below HEADER: for each player and episode the mean return over trials and its interval."""
+    rows = []
+    for player, r in returns.items():
+        mean = r.mean(0)
+        for episode, (m, low, high) in enumerate(zip(mean, *wilson(mean, len(r)))):
+            rows.append((experiment, player, episode, f"{m:.4f}", f"{low:.4f}", f"{high:.4f}", len(r)))
+    return rows
+
+
+def write_curve(path: Path, experiment: str, returns: dict[str, np.ndarray]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        writer.writerows(curve_rows(experiment, returns))
+
+
+def plot_curve(path: Path, title: str, returns: dict[str, np.ndarray]) -> bool:
+    """Draw the curves as a PNG; False if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for player, r in returns.items():
+        mean, (colour, _) = r.mean(0), PLAYERS[player]
+        axes.fill_between(range(len(mean)), *wilson(mean, len(r)), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(mean, color=colour, label=player, linewidth=2.2 if player == TRANSFORMER else 1.4)
+    axes.set(xlabel="episode in the same context", ylabel="mean return", title=title, ylim=(-0.02, 1.02), xlim=(0, len(mean) - 1))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center right", frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    return True
+
+
+def text_plot(returns: dict[str, np.ndarray], height: int = 11) -> str:
+    """The curves as text, two columns an episode; where they cross, the first player's letter stands on top."""
+    width = len(next(iter(returns.values()))[0])
+    grid = [[" "] * (2 * width) for _ in range(height)]
+    for player, r in reversed(returns.items()):
+        for episode, mean in enumerate(r.mean(0)):
+            grid[round((1 - mean) * (height - 1))][2 * episode] = PLAYERS[player][1]
+    lines = [f"{1 - i / (height - 1):4.1f} |{''.join(row)}" for i, row in enumerate(grid)]
+    lines += ["     +" + "-" * (2 * width), "      " + "".join(f"{e:<10}" for e in range(0, width, 5)) + " episode"]
+    return "\n".join([*lines, "      " + "   ".join(f"{PLAYERS[p][1]} {p}" for p in returns)])
+
+
+def table(returns: dict[str, np.ndarray]) -> str:
+    """Mean return in blocks of five episodes, and the share of lakes on which each player ever found a goal."""
+    blocks = range(0, len(next(iter(returns.values()))[0]), 5)
+    lines = [f"{'mean return in episodes':24}" + "".join(f"{f'{b}-{b + 4}':>8}" for b in blocks) + "   goal found"]
+    for player, r in returns.items():
+        cells = "".join(f"{r[:, b : b + 5].mean():8.3f}" for b in blocks)
+        lines.append(f"{player:24}{cells}{(r.max(1) > 0).mean():13.0%}")
+    return "\n".join(lines)
+
+
+def sparkline(r: np.ndarray) -> str:
+    """The mean returns of (trials, episodes) in one word."""
+    return "".join("▁▂▃▄▅▆▇█"[min(int(8 * m), 7)] for m in r.mean(0))
+
+
+def report(folder: Path, experiment: str, title: str, returns: dict[str, np.ndarray]) -> None:
+    """Print the plot and the table of an experiment; write curve.csv and curve.png into `folder`."""
+    print(f"\n{title}\n\n{text_plot(returns)}\n\n{table(returns)}\n")
+    write_curve(folder / "curve.csv", experiment, returns)
+    if plot_curve(folder / "curve.png", title, returns):
+        print(f"Written: {folder / 'curve.csv'} and {folder / 'curve.png'}")
+    else:
+        print(f"Written: {folder / 'curve.csv'}  (for a picture too: pip install matplotlib)")
+
+
+# --------------------------------------------------------------------------------------------------------------- watch
+
+
+def watch(network: QNetwork, encoder: Encoder, lake: Lake, context: int, max_steps: int, seed: int) -> None:
+    """Play one trial and print every step: the Q-values before it and the action, * where a coin and not the model chose."""
+    path: list[int] = []
+    shown = -1
+
+    def show(episode, state, q, by_model, action):
+        nonlocal shown
+        if episode[0] != shown:
+            if shown >= 0:
+                finish()
+            shown = int(episode[0])
+            print(f"\nepisode {shown}: the model chooses with probability {model_probability(shown):.1f}")
+            print(f"  {'tile':>4}  " + "".join(f"{f'Q({a})':>9}" for a in ACTIONS) + "   action")
+        path.append(int(state[0]))
+        values = "".join(f"{v:9.3f}" for v in q[0])
+        print(f"  {state[0]:>4}  {values}   {ACTIONS[action[0]]}{'' if by_model[0] else ' *'}")
+
+    def finish():
+        print(draw(lake, path))
+        path.clear()
+
+    print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
+    rng = np.random.default_rng(seed)
+    (episodes,) = play(network, encoder, [lake], EPISODES, rng, context, max_steps=max_steps, watch=show)
+    finish()
+    print("\nreturns: " + " ".join(f"{e.total:.0f}" for e in episodes))
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Evaluate a run on lakes that its training never saw.")
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("experiment", nargs="?", default="unseen", choices=["unseen"], help="default: %(default)s")
+    parser.add_argument("--watch", action="store_true", help="show one trial step by step instead")
+    parser.add_argument("--lake", type=int, default=0, help="which held-out lake to watch (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=200, help="held-out lakes to play (default: %(default)s)")
+    parser.add_argument("--context", type=int, help="tokens of context (default: the run's slice length)")
+    parser.add_argument("--seed", type=int, default=0, help="of starts and coin tosses (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for curve.csv and curve.png (default: the run's)")
+    args = parser.parse_args(arguments)
+    try:
+        network, encoder, settings = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+        held_out, context = settings["held_out"], args.context or settings["tokens"]
+        count = args.lake + 1 if args.watch else args.trials
+        if not 1 <= count <= held_out or args.lake < 0:
+            raise ValueError(f"This run set {held_out} lakes aside for tests: ask for 1 to {held_out} trials, not {count}.")
+        lakes = held_out_lakes(count, tuple(settings["sides"]), settings["min_hops"])
+        if args.watch:
+            watch(network, encoder, lakes[args.lake], context, settings["max_steps"], args.seed)
+        else:
+            returns = unseen(network, encoder, lakes, context, settings["max_steps"], args.seed)
+            report(args.out or args.run, "unseen", f"{count} unseen lakes, {args.run.name}", returns)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"eval.py: {error}\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""In-context reinforcement learning: the idea, from transcript to tokens to Q-values to loss to play.
+
+What is here, in the order in which data flows
+    Template, Encoder       an episode becomes text, and the text token ids (section 4.1)
+    Batch, slices           episodes of many lakes, shuffled, become training sequences of T tokens (section 4.1, figure 6)
+    QNetwork                a Llama read as Q(tau, a): the logits of the action words before the action (section 3)
+    td_targets, td_loss     equations 4, 6 and 7: Double DQN at the action tokens
+    polyak_update           equation 8: the delayed network follows the online one
+    model_probability, play trials on new lakes: one growing context each, no weight changes (section 4.2)
+    save_network, load_run  a run's folder
+
+Departures from the paper: the argmax is over the action words, not the whole vocabulary; COMPACT_TEMPLATE leaves out the role
+headers, for the small embedded model; an action is left out of the loss when its slice ends before its target can be read.
+
+Shapes: B batch, T tokens, N action positions, A actions; N is also the number of trials that `play` plays side by side.
+"""
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake
+from ia3 import IA3
+from llama import KVCache, Llama, load_llama
+
+# ------------------------------------------------------------------------------------------------- transcript to tokens
+
+
+@dataclass(frozen=True)
+class Template:
+    """How an episode is written. `{}` stands for the tile number, the action word or the reward."""
+
+    begin: str  # before the first observation
+    observation: str
+    prompt: str  # before an action word; Q-values are read at the last token before the word
+    action: str
+    reward: str  # written only if the reward is not zero
+    cut: str  # written if the step limit ended the episode
+    end: str
+
+
+LLAMA_TEMPLATE = Template(  # the paper's (its notebook); about ten tokens a step
+    begin="<|begin_of_text|>",
+    observation="<|start_header_id|>observation<|end_header_id|>{}<|eot_id|>",
+    prompt="<|start_header_id|>action<|end_header_id|>",
+    action="{}<|eot_id|>",
+    reward="<|start_header_id|>reward<|end_header_id|>{}<|eot_id|>",
+    cut="<|start_header_id|>edit<|end_header_id|>...<|eot_id|>",
+    end="<|end_of_text|>",
+)
+COMPACT_TEMPLATE = Template("", "{} ", "", "{} ", "{} ", "... ", "<|end_of_text|> ")  # two tokens a step
+MAX_TILES = 100
+
+
+def compact_tokenizer() -> Tokenizer:
+    """One token for each tile number, action, reward, cut and end: the embedded model's vocabulary of 107."""
+    words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="..."))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+NOTHING, BEGIN, PROMPT, REWARD, CUT, END, ACTION = range(7)  # messages by number; those of the actions, then of the tiles,
+OBSERVATION = ACTION + len(ACTIONS)  # ... follow: ACTION + a, OBSERVATION + tile
+
+
+class Encoder:
+    """Turns messages into tokens by table: each message was tokenized once, a transcript is their concatenation."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template):
+        self.tokenizer, self.template = tokenizer, template
+        t = template
+        self.texts = ["", t.begin, t.prompt, t.reward.format(1.0), t.cut, t.end]
+        self.texts += [t.action.format(a) for a in ACTIONS] + [t.observation.format(s) for s in range(MAX_TILES)]
+        pieces = [tokenizer.encode(text, add_special_tokens=False).ids for text in self.texts]
+        self.lengths = np.array([len(piece) for piece in pieces])  # (M,)
+        self.table = np.zeros((len(pieces), self.lengths.max()), np.int64)  # (M, longest)
+        for i, piece in enumerate(pieces):
+            self.table[i, : len(piece)] = piece
+        self.action_tokens = self.table[ACTION : ACTION + len(ACTIONS), 0]  # (A,)
+        for word, token in zip(ACTIONS, self.action_tokens):
+            if tokenizer.encode(word, add_special_tokens=False).ids != [token]:
+                raise ValueError(f"The action word {word!r} is not a single token of this tokenizer: use another tokenizer.")
+
+    def messages(self, episode: Episode) -> list[int]:
+        """The message numbers of an episode, in order."""
+        observations = episode.observations.tolist()
+        messages = [BEGIN, OBSERVATION + observations[0]]
+        for action, reward, tile in zip(episode.actions.tolist(), episode.rewards.tolist(), observations[1:]):
+            messages += (PROMPT, ACTION + action, OBSERVATION + tile)
+            if reward:
+                messages.append(REWARD)
+        if episode.truncated:
+            messages.append(CUT)
+        messages.append(END)
+        return messages
+
+    def join(self, messages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Concatenate each row's messages (R, M): tokens (R, longest row), padded at the right, and their counts (R,)."""
+        valid = np.arange(self.table.shape[1]) < self.lengths[messages][..., None]  # (R, M, longest message)
+        valid, tokens = valid.reshape(len(messages), -1), self.table[messages].reshape(len(messages), -1)
+        counts = valid.sum(1)
+        order = np.argsort(~valid, axis=1, kind="stable")[:, : counts.max()]
+        return np.take_along_axis(tokens, order, axis=1), counts
+
+    def text(self, episode: Episode) -> str:
+        """The episode as the model's text."""
+        return "".join(self.texts[m] for m in self.messages(episode))
+
+
+# ---------------------------------------------------------------------------------------------------- tokens to slices
+
+
+@dataclass
+class Batch:
+    """Slices and what the loss needs of them; action positions are padded at the right to the longest row.
+
+    tokens (B, T) int64. positions (B, N) int64: where the Q-values of an action are read. actions (B, N) int64. rewards
+    (B, N): r_{t+1}. discounts (B, N): what the value of the next action position counts, 0 at an episode's end. mask (B, N)
+    bool: False for padding, and for the last action of a slice that ends before its target can be read.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    actions: Tensor
+    rewards: Tensor
+    discounts: Tensor
+    mask: Tensor
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, gamma: float, gamma_episode: float = 0.0) -> Batch:
+    """Concatenate sets of episodes to one slice of exactly `length` tokens, cut off at its end; a Batch with B = 1.
+
+    An episode's last action has y = r alone, as in the paper. (With gamma_episode > 0 it also counts, so discounted, the
+    value of the next episode of its set, which lets exploration pay; section 4.6 of the paper proposes it.)
+    """
+    messages, rewards, discounts, total = [], [], [], 0
+    while total < length:
+        episodes = next(sets)
+        for i, episode in enumerate(episodes):
+            new = encoder.messages(episode)
+            messages += new
+            total += int(encoder.lengths[new].sum())
+            rewards.append(episode.rewards)
+            discount = np.full(len(episode.actions), gamma, np.float32)
+            discount[-1] = gamma_episode if i + 1 < len(episodes) else 0.0
+            discounts.append(discount)
+            if total >= length:
+                break
+    messages = np.array(messages)
+    rewards, discounts = np.concatenate(rewards), np.concatenate(discounts)
+    ends = np.cumsum(encoder.lengths[messages])
+    is_action = (messages >= ACTION) & (messages < OBSERVATION)
+    positions = ends[is_action] - encoder.lengths[messages[is_action]] - 1  # the token before the action word
+    kept = int((positions < length - 1).sum())  # the action word is inside of the slice
+    mask = np.ones(kept, bool)
+    if kept < len(positions):  # the last target needs a position beyond the slice, unless its episode ends there
+        mask[-1:] = (discounts[kept - 1] == 0) | (positions[kept] < length)
+    tokens = encoder.join(messages[None])[0][:, :length]
+    actions = messages[is_action] - ACTION
+    arrays = (tokens, *(x[None, :kept] for x in (positions, actions, rewards, discounts, mask)))
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+def collate(slices: Sequence[Batch]) -> Batch:
+    """Stack slices, padding their action positions at the right."""
+    longest = max(s.positions.shape[1] for s in slices)
+    columns = ([getattr(s, f.name) for s in slices] for f in fields(Batch))
+    tokens, *rest = columns
+    return Batch(torch.cat(tokens), *(torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in column]) for column in rest))
+
+
+QUALITY = {"high": (5.0, 1.0), "mid": (1.0, 1.0), "low": (1.0, 5.0)}  # weights of successful, unsuccessful episodes
+
+
+def draw_set(episodes: Sequence[Episode], rng: np.random.Generator, quality: str = "mid") -> list[Episode]:
+    """20 to 40 episodes of one lake, drawn without replacement by the weights of figure 6, in random order."""
+    success, failure = QUALITY[quality]
+    weights = np.array([success if e.total > 0 else failure for e in episodes])
+    size = min(int(rng.integers(20, 41)), len(episodes))
+    drawn = rng.choice(len(episodes), size, replace=False, p=weights / weights.sum(), shuffle=True)
+    return [episodes[i] for i in drawn]
+
+
+# --------------------------------------------------------------------------------------------------------- the network
+
+
+class QNetwork(nn.Module):
+    """Q_theta(tau, a): a Llama, optionally with an adapter, of which only the logits of the action words are used."""
+
+    def __init__(self, llama: Llama, action_tokens: Sequence[int], adapter: IA3 | None = None):
+        super().__init__()
+        self.llama, self.adapter = llama, adapter
+        self.register_buffer("action_tokens", torch.as_tensor(action_tokens), persistent=False)
+        llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
+
+    def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Q-values (B, N, A), float32, at the given positions (B, N) of tokens (B, T)."""
+        hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
+        hidden = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))  # (B, N, D)
+        return F.linear(hidden, self.llama.vocabulary[self.action_tokens]).float()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes: the adapter's vectors, or without an adapter every weight."""
+        return dict((self.llama if self.adapter is None else self.adapter).named_parameters())
+
+    def delayed_copy(self) -> "QNetwork":
+        """The network phi: copies what is trained and shares what is frozen."""
+        llama = copy.deepcopy(self.llama) if self.adapter is None else self.llama
+        delayed = QNetwork(llama, self.action_tokens, copy.deepcopy(self.adapter))
+        for parameter in delayed.trained().values():
+            parameter.requires_grad_(False)
+        return delayed
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def td_targets(q_online: Tensor, q_delayed: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
+    """y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))                           (equations 4 and 6)
+
+    q_online, q_delayed (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient. The next action position
+    of t is t + 1, so the values of all positions come from the same two passes.
+    """
+    with torch.no_grad():
+        best = q_online.argmax(-1, keepdim=True)  # chosen by theta ...
+        value = q_delayed.gather(-1, best).squeeze(-1)  # ... valued by phi (B, N)
+        return rewards + discounts * F.pad(value[:, 1:], (0, 1))
+
+
+def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """L = E[(y - Q_theta(tau_t, a_t))^2] over the action positions in `mask`                                  (equation 7)
+
+    q_online (B, N, A); actions, targets, mask (B, N); returns a scalar.
+    """
+    q = q_online.gather(-1, actions[..., None]).squeeze(-1)  # (B, N)
+    return (targets - q)[mask].square().mean()
+
+
+@torch.no_grad()
+def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float) -> None:
+    """phi <- alpha * theta + (1 - alpha) * phi                                                                (equation 8)"""
+    torch._foreach_lerp_(list(delayed.trained().values()), list(online.trained().values()), alpha)
+
+
+# ------------------------------------------------------------------------------------------------------------- playing
+
+
+def model_probability(episode: int) -> float:
+    """The chance that the model and not a coin chooses an action: 0, 0, 0.1, 0.1, ... 0.9, 0.9, then 1 (section 4.2)."""
+    return min(episode // 2 / 10, 1.0)
+
+
+def check_context(encoder: Encoder, context: int, max_steps: int) -> None:
+    """Raises ValueError if a context of so many tokens is too small for an episode of so many steps and room to forget."""
+    a_step = encoder.lengths[PROMPT] + encoder.lengths[ACTION:OBSERVATION].max() + encoder.lengths[OBSERVATION:].max()
+    episode = max_steps * a_step + encoder.lengths[[BEGIN, REWARD, CUT, END]].sum() + encoder.lengths[OBSERVATION:].max()
+    if 4 * episode > 3 * context:
+        raise ValueError(
+            f"{context} tokens of context are too few: an episode of {max_steps} steps takes up to {episode}, and "
+            f"{-(-4 * episode // 3)} are needed, so that forgetting old episodes makes room. Ask for more tokens or fewer steps."
+        )
+
+
+@torch.inference_mode()
+def play(
+    network: QNetwork,
+    encoder: Encoder,
+    lakes: Sequence[Lake],
+    episodes: int,
+    rng: np.random.Generator,
+    context: int,
+    probability: Callable[[int], float] = model_probability,
+    max_steps: int = MAX_STEPS,
+    watch: Callable | None = None,
+) -> list[list[Episode]]:
+    """One trial a lake, side by side: the network plays so many episodes in one growing context; [trial][episode].
+
+    A context that would outgrow `context` tokens loses its oldest whole episodes, at least a quarter of its tokens, and
+    what is left is encoded anew. `watch(episode, state, q, by_model, action)` is called after each choice with arrays of
+    one row a trial. Raises ValueError if `context` is too small for one episode.
+    """
+    check_context(encoder, context, max_steps)
+    n, device = len(lakes), network.action_tokens.device
+    env = FrozenLake(lakes, rng, max_steps=max_steps)
+    chance = np.array([probability(e) for e in range(episodes)] + [0.0])  # the last for trials that are over
+    played: list[list[Episode]] = [[] for _ in range(n)]
+    # the episode going on in each trial: its number, its steps so far, and what was seen, done and paid in them
+    episode, step = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    seen, did = np.zeros((n, max_steps + 1), np.int64), np.zeros((n, max_steps), np.int64)
+    paid = np.zeros((n, max_steps), np.float32)
+    seen[:, 0] = env.state
+
+    live = np.arange(n)  # the trial that each row of the cache belongs to
+    pending = np.full((n, 8), NOTHING)  # messages not yet fed to the network
+    pending[:, :3] = np.stack((np.full(n, BEGIN), OBSERVATION + env.state, np.full(n, PROMPT)), 1)
+    slots = context + pending.shape[1] * encoder.table.shape[1]  # room for the padding of a chunk
+    cache = KVCache(network.llama.config, n, slots, network.llama.vocabulary.dtype, device)
+    lengths = np.zeros(n, np.int64)  # each trial's tokens in the cache
+    q = np.zeros((n, len(ACTIONS)), np.float32)
+
+    def running(trial: int) -> Episode:
+        k = step[trial]
+        return Episode(seen[trial, : k + 1].copy(), did[trial, :k].copy(), paid[trial, :k].copy(), False)
+
+    while len(live):
+        full = lengths[live] + encoder.lengths[pending[live]].sum(1) > context
+        if full.any():
+            rows, trials = np.flatnonzero(full), live[full]
+            kept = [_recent_messages(encoder, played[t], running(t), 3 * context // 4) for t in trials]
+            pending[trials] = NOTHING
+            pending[trials, 0], pending[trials, 1] = OBSERVATION + env.state[trials], PROMPT
+            tokens, counts = encoder.join(np.array(list(itertools.zip_longest(*kept, fillvalue=NOTHING))).T)
+            fresh = KVCache(network.llama.config, len(rows), slots, cache.keys.dtype, device)
+            network.llama(torch.from_numpy(tokens).to(device), network.adapter, fresh)
+            fresh.advance(torch.from_numpy(counts).to(device))
+            cache.replace(torch.from_numpy(rows).to(device), fresh)
+            lengths[trials] = counts
+
+        tokens, counts = encoder.join(pending[live])
+        counts_there = torch.from_numpy(counts).to(device)
+        last = (counts_there[:, None] - 1).clamp(min=0)  # a trial that is over has no tokens; its row is not used
+        q[live] = network(torch.from_numpy(tokens).to(device), last, cache)[:, 0].cpu().numpy()
+        cache.advance(counts_there)
+        lengths[live] += counts
+
+        by_model = rng.random(n) < chance[episode]
+        action = np.where(by_model, q.argmax(1), rng.integers(0, len(ACTIONS), n))
+        if watch:
+            watch(episode, env.state, q, by_model, action)
+        state, reward, terminated, truncated = env.step(action)
+        on = np.flatnonzero(episode < episodes)
+        did[on, step[on]], paid[on, step[on]] = action[on], reward[on]
+        step[on] += 1
+        seen[on, step[on]] = state[on]
+
+        over = (episode < episodes) & (terminated | truncated)
+        for trial in np.flatnonzero(over):
+            played[trial].append(replace(running(trial), truncated=bool(truncated[trial])))
+        episode[over] += 1
+        step[over] = 0
+        start = env.reset(over)
+        seen[over, 0] = start[over]
+        pending[:, 0], pending[:, 1] = ACTION + action, OBSERVATION + state
+        pending[:, 2], pending[:, 3] = np.where(reward > 0, REWARD, NOTHING), np.where(truncated, CUT, NOTHING)
+        pending[:, 4], pending[:, 5] = np.where(over, END, NOTHING), np.where(over, BEGIN, NOTHING)
+        pending[:, 6], pending[:, 7] = np.where(over, OBSERVATION + start, NOTHING), PROMPT
+
+        pending[episode == episodes] = NOTHING
+        going_on = episode[live] < episodes
+        if 2 * going_on.sum() <= len(live):  # halve the batch now and then: a copy for every trial that ends costs more
+            live = live[going_on]
+            cache.keep(torch.from_numpy(np.flatnonzero(going_on)).to(device))
+    return played
+
+
+def _recent_messages(encoder: Encoder, played: list[Episode], running: Episode, limit: int) -> list[int]:
+    """The messages of the newest whole episodes that fit `limit` tokens, and of the running one up to its last tile."""
+    messages = encoder.messages(running)[:-2]  # without that tile, which is fed next, and END
+    for episode in reversed(played):
+        older = encoder.messages(episode)
+        if encoder.lengths[older + messages].sum() > limit:
+            break
+        messages = older + messages
+    return messages
+
+
+# ------------------------------------------------------------------------------------------------------------ run folder
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write to the yielded temporary name; when all went well it becomes `path` in one step, so no file is ever half there."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_network(folder: Path, network: QNetwork) -> None:
+    """Write what was trained: model.safetensors, or with an adapter PEFT's two files."""
+    if network.adapter is not None:
+        return network.adapter.save(folder)
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(network.llama.state_dict(), temporary, metadata={"format": "pt"})
+
+
+def load_run(folder: str | Path, device: str = "cpu") -> tuple[QNetwork, Encoder, dict]:
+    """The network, the encoder and the recipe (a dict) of a run's folder. Raises ValueError, in one sentence, if it is none."""
+    folder = Path(folder)
+    try:
+        recipe = json.loads((folder / "config.json").read_text())["icrl"]
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is no run of train.py: its config.json with the recipe is missing or foreign.") from error
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise ValueError(f"{folder / 'tokenizer.json'} is missing or damaged: {error}.") from error
+    encoder = Encoder(tokenizer, COMPACT_TEMPLATE)
+    adapter = IA3.load(folder) if recipe["adapter"] == "ia3" else None
+    llama = load_llama(recipe["model"] if adapter else folder, device=device)
+    return QNetwork(llama, encoder.action_tokens, adapter).to(device), encoder, recipe

@@ -1,0 +1,300 @@
+"""Runs: what train.py and eval.py promise a user, tried from outside with a small recipe."""
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train
+from frozen_lake import random_lakes
+from icrl import COMPACT_TEMPLATE, Encoder, compact_tokenizer, load_run
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--layers 1 --width 16 --heads 2 --feed-forward 24 --lakes 24 --episodes 40 --collection-steps 5 --tokens 96 --max-steps 20 "
+    "--batch 4 --steps 24 --sides 3 4 --min-hops 3 --held-out 20 --trials 10 --checkpoint-every 3 --look-every 8"
+).split()
+
+
+def command(program: str, *arguments) -> list[str]:
+    return [sys.executable, str(ROOT / program), *map(str, arguments)]
+
+
+def run(program: str, *arguments, cwd=None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(program, *arguments), capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A small run, trained to its end in a process of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = run("train.py", *SMALL, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    """config.json, tokenizer.json, weights, state, log.csv with a row a step, curve.csv by the contract, curve.png; nothing half-written."""
+    names = {p.name for p in finished.iterdir()} - {"stdout.txt"}
+    expected = "config.json tokenizer.json model.safetensors state.safetensors log.csv curve.csv curve.png"
+    assert names == set(expected.split())
+    log = list(csv.DictReader(open(finished / "log.csv")))
+    assert [int(row["step"]) for row in log] == list(range(1, 25))
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    lines = (finished / "curve.csv").read_text().splitlines()
+    assert lines[0] == "experiment,player,episode,mean_return,ci_low,ci_high,trials"
+    rows = list(csv.DictReader(lines))
+    players = ["transformer in context", "systematic explorer", "tabular Q-learning", "uniform random"]
+    assert [(r["experiment"], r["player"], int(r["episode"])) for r in rows] == [
+        ("unseen", p, e) for p in players for e in range(30)
+    ]
+    for row in rows:
+        low, mean, high = (float(row[k]) for k in ("ci_low", "mean_return", "ci_high"))
+        assert 0 <= low <= mean <= high <= 1
+        assert row["trials"] == "10"
+
+
+def test_training_moves_every_weight_and_the_loss_falls():
+    """Ten times as many steps as the small run: the TD loss ends below where it began, and the delayed network has followed."""
+    recipe = train.Recipe(
+        layers=1, width=32, heads=2, feed_forward=64, lakes=40, episodes=40, collection_steps=20, tokens=96, max_steps=20,
+        batch=8, steps=200, sides=(3, 3), min_hops=2, easy_until=0.0, held_out=10, learning_rate=3e-3,
+    )  # fmt: skip
+    encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
+    training = train.Training(recipe, train.new_network(recipe, encoder))
+    before = {name: p.detach().clone() for name, p in training.online.trained().items()}
+    stream = train.batches(recipe, encoder, 0)
+    losses = [training.update(next(stream))["loss"] for _ in range(200)]
+    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
+    assert all(not torch.equal(before[name], p) for name, p in training.online.trained().items())
+    for name, p in training.delayed.trained().items():
+        assert not torch.equal(p, before[name])
+
+
+def test_the_screen_shows_progress_and_the_curve(finished):
+    """A look at unseen lakes while training; at the end a plot and a table of all players."""
+    text = (finished / "stdout.txt").read_text()
+    assert len(re.findall(r"step (8|16): mean return on 20 unseen lakes", text)) == 2
+    for player in evaluation.PLAYERS:
+        assert player in text
+    assert "curve.csv" in text
+    assert "curve.png" in text
+
+
+def test_the_same_seed_gives_the_same_log(finished, tmp_path):
+    """Number for number; another seed gives another one."""
+    again, other = tmp_path / "again", tmp_path / "other"
+    assert run("train.py", *SMALL, "--out", again).returncode == 0
+    assert run("train.py", *SMALL, "--out", other, "--seed", "1").returncode == 0
+    for name in ("log.csv", "curve.csv"):
+        assert (again / name).read_text() == (finished / name).read_text()
+        assert (other / name).read_text() != (finished / name).read_text()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, seed):
+    """SIGKILL at random moments, --resume each time: weights, state and log end as those of a run that was left alone."""
+    chance, folder = random.Random(seed), tmp_path / "killed"
+    arguments = [*SMALL, "--out", folder]
+    for _ in range(3):
+        process = subprocess.Popen(
+            command("train.py", *arguments),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        target = chance.randrange(1, 20)  # kill soon after so many rows of the log
+        while process.poll() is None:
+            rows = len((folder / "log.csv").read_text().splitlines()) - 1 if (folder / "log.csv").exists() else 0
+            if rows >= target:
+                time.sleep(chance.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                break
+            time.sleep(0.002)
+        load_run(folder)  # whatever was there at that instant is whole
+        load_file(folder / "state.safetensors")
+        arguments = ["--resume", folder, "--trials", 10, "--checkpoint-every", 3, "--look-every", 8]
+    done = run("train.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "state.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(finished / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for name in ("log.csv", "curve.csv"):
+        assert (folder / name).read_text() == (finished / name).read_text()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    """SIGINT: the step is finished, a checkpoint written, and the exit code is the shell's for an interrupt."""
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command("train.py", *SMALL, "--steps", "100000", "--checkpoint-every", "100000", "--out", folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (folder / "log.csv").exists() or len((folder / "log.csv").read_text().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {folder}" in output
+    step = int(re.search(r"Stopped at step (\d+)", output).group(1))
+    assert step == len((folder / "log.csv").read_text().splitlines()) - 1
+
+
+def test_no_training_lake_is_a_test_lake():
+    """The held-out lakes are left out of every collection; without the exclusion some would be in it."""
+    recipe = train.Recipe(sides=(3, 3), min_hops=2, easy_until=0.0, lakes=400, held_out=300, episodes=20, collection_steps=1, batch=1)
+    held_out = set(evaluation.held_out_lakes(300, (3, 3), 2))
+    drawn = []
+    original = train.random_lakes
+    train.random_lakes = lambda *args: drawn.extend(lakes := original(*args)) or lakes
+    try:
+        stream = train.batches(recipe, Encoder(compact_tokenizer(), COMPACT_TEMPLATE), 0)
+        for _ in range(3):
+            next(stream)
+    finally:
+        train.random_lakes = original
+    assert len(drawn) == 1200
+    assert not held_out & set(drawn)
+    assert held_out & set(random_lakes(1200, np.random.default_rng(0), (3, 3), 2))
+
+
+def test_evaluation_replays_the_run_and_changes_no_file_of_it(finished, tmp_path):
+    """eval.py RUN unseen: the same curve as at the end of training; every file of the run is as before."""
+    before = {p.name: p.read_bytes() for p in finished.iterdir()}
+    done = run("eval.py", finished, "unseen", "--trials", 10, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curve.csv").read_text() == (finished / "curve.csv").read_text()
+    assert {p.name: p.read_bytes() for p in finished.iterdir()} == before
+
+
+def test_watch_shows_lake_path_and_q_values(finished):
+    """eval.py RUN --watch: thirty episodes, four Q-values a step, and the returns at the end."""
+    done = run("eval.py", finished, "--watch")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^episode \d+: ", done.stdout, re.M)) == 30
+    assert re.search(r"^ +\d+ ( +-?\d+\.\d{3}){4}   (left|down|right|up)", done.stdout, re.M)
+    assert re.search(r"^returns: ([01] ){29}[01]$", done.stdout, re.M)
+    assert "<" in done.stdout
+
+
+def test_ia3_on_a_saved_run_trains_the_vectors_alone(finished, tmp_path):
+    """The base is bit-for-bit unchanged, the adapter's vectors are not ones any more, and eval plays the adapted network."""
+    base = {p.name: p.read_bytes() for p in finished.iterdir()}
+    folder = tmp_path / "adapted"
+    done = run("train.py", "--adapter", "ia3", "--model", finished, "--steps", 12, "--trials", 10, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    assert {p.name: p.read_bytes() for p in finished.iterdir()} == base
+    assert {"adapter_config.json", "adapter_model.safetensors", "state.safetensors", "curve.csv"} <= {p.name for p in folder.iterdir()}
+    assert not (folder / "model.safetensors").exists()
+    network, _, recipe = load_run(folder)
+    assert recipe["learning_rate"] == 1e-2  # the paper's
+    assert all(not torch.equal(p, torch.ones_like(p)) for p in network.adapter.parameters())
+    theirs = load_file(finished / "model.safetensors")
+    assert all(torch.equal(p, theirs[name]) for name, p in network.llama.state_dict().items())
+    assert run("eval.py", folder, "unseen", "--trials", 5).returncode == 0
+
+
+def test_quality_and_minutes_are_settings_of_the_recipe(tmp_path):
+    """--minutes sets the steps by a rehearsal; --quality is kept in the run's config.json."""
+    folder = tmp_path / "timed"
+    flags = [f for f in SMALL if f not in ("--steps", "24")]
+    done = run("train.py", *flags, "--minutes", 0.02, "--quality", "high", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    recipe = json.loads((folder / "config.json").read_text())["icrl"]
+    assert recipe["quality"] == "high"
+    assert recipe["steps"] == len((folder / "log.csv").read_text().splitlines()) - 1
+    assert 1 < recipe["steps"] < 2000
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2, one sentence on stderr that names the problem, no traceback."""
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.match(r"(train|eval)\.py: ", last), done.stderr
+    for word in words:
+        assert word in last, last
+
+
+def test_bad_input_ends_with_one_sentence(finished, tmp_path):
+    """Missing and foreign runs, damaged files, sizes out of range, an unwritable place: exit code 2 and what to do."""
+    new = ("--out", tmp_path / "new")
+    refused(run("eval.py", tmp_path / "nothing"), "nothing is no run of train.py")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "bert"}')
+    refused(run("eval.py", tmp_path / "foreign"), "foreign is no run of train.py")
+    refused(run("train.py", "--resume", tmp_path / "nothing"), "is no run of train.py")
+    shutil.copytree(finished, damaged := tmp_path / "damaged")
+    for name in ("model.safetensors", "state.safetensors"):
+        content = (finished / name).read_bytes()
+        (damaged / name).write_bytes(content[: len(content) // 2])
+    refused(run("eval.py", damaged), "model.safetensors is damaged")
+    shutil.copy(finished / "model.safetensors", damaged)
+    refused(run("train.py", "--resume", damaged), "state.safetensors is damaged")
+    refused(run("train.py", *SMALL, "--sides", 1, 3, *new), "2 to 10 tiles")
+    refused(run("train.py", *SMALL, "--min-hops", 30, *new), "30 hops away does not fit")
+    refused(run("train.py", *SMALL, "--tokens", 20, *new), "20 tokens of context are too few")
+    refused(run("train.py", *SMALL, "--batch", 0, *new), "--batch has to be at least 1")
+    refused(run("train.py", *SMALL, "--gamma", 1.5, *new), "--gamma has to be between 0 and 1")
+    refused(run("train.py", *SMALL, "--quality", "best", *new), "--quality is one of")
+    refused(run("train.py", *SMALL, "--heads", 3, *new), "--width 16")
+    refused(run("train.py", *SMALL, "--trials", 21, *new), "20 lakes aside")
+    refused(run("train.py", "--adapter", "ia3", *new), "--model")
+    refused(run("train.py", "--resume", finished, "--steps", 5), "leave out --steps")
+    assert not (tmp_path / "new").exists()  # a refused run leaves nothing behind
+    refused(run("train.py", *SMALL, "--out", finished), "is not empty")
+    refused(run("eval.py", finished, "--trials", 21), "20 lakes aside")
+    refused(run("eval.py", finished, "--context", 10, "--trials", 1), "10 tokens of context are too few")
+    (tmp_path / "file").write_text("")
+    refused(run("train.py", *SMALL, "--out", tmp_path / "file" / "run"), "file")
+    refused(run("eval.py", finished, "--trials", 1, "--out", tmp_path / "file"), "curve.csv")
+
+
+def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(tmp_path):
+    """An absurd learning rate: exit code 2, one sentence, and the checkpoint on disk has finite weights."""
+    folder = tmp_path / "nan"
+    done = run("train.py", *SMALL, "--learning-rate", "1e30", "--warm-up", "1", "--checkpoint-every", "1", "--out", folder)
+    refused(done, "loss is", "lower --learning-rate")
+    assert all(torch.isfinite(t).all() for t in load_file(folder / "model.safetensors").values())
+    assert all(torch.isfinite(t).all() for t in load_file(folder / "state.safetensors").values())
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_wilson_interval_against_published_values():
+    """Newcombe (1998), table I, method 3 (score): 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for hits, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        ours = evaluation.wilson(np.array(hits / trials), trials)
+        assert ours == pytest.approx((low, high), abs=1e-4)
+
+
+def test_text_plot_puts_each_player_where_its_mean_is():
+    """The transformer at 1.0 in the top row, the random player at 0.0 in the bottom row."""
+    returns = {"transformer in context": np.ones((3, 5)), "uniform random": np.zeros((3, 5))}
+    lines = evaluation.text_plot(returns, height=5).splitlines()
+    assert lines[0].startswith(" 1.0 |T T T T T")
+    assert lines[4].startswith(" 0.0 |r r r r r")

@@ -1,0 +1,441 @@
+"""Train a transformer to reinforcement-learn in its context, and show that it does.
+
+    python train.py                                 a small Llama from random weights: no GPU, no account, no network
+    python train.py --minutes 60                    the same for an hour
+    python train.py --adapter ia3 --model RUN       the paper's method in miniature: IA3 vectors on the frozen network of RUN
+    python train.py --resume RUN                    go on exactly where RUN was stopped
+
+Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
+weight is trained, its lakes are new for each collection instead of 250 (so few it would memorise), easy lakes come first, and
+the learning rate falls at the end; Recipe has both settings side by side.
+
+A run is a folder: config.json (the network's shape and the recipe), tokenizer.json, model.safetensors or PEFT's adapter files,
+state.safetensors (all that --resume needs), log.csv, curve.csv, curve.png.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from eval import held_out_lakes, report, sparkline, unseen
+from frozen_lake import MAX_STEPS, FrozenLake, TabularQ, random_lakes, roll_out
+from ia3 import IA3
+from icrl import (
+    COMPACT_TEMPLATE,
+    QUALITY,
+    Batch,
+    Encoder,
+    QNetwork,
+    check_context,
+    collate,
+    compact_tokenizer,
+    draw_set,
+    encode_slice,
+    load_run,
+    polyak_update,
+    replacing,
+    save_network,
+    td_loss,
+    td_targets,
+)
+from llama import Llama, LlamaConfig
+
+
+def setting(default, text: str):
+    """A field of Recipe; `text` is also the help of its flag."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run depends on. The defaults are the embedded model's; PAPER has the paper's."""
+
+    # the network
+    model: str = setting("", "folder of a run whose network is the base (default: a new one with random weights)")
+    adapter: str = setting("none", "ia3: train IA3 vectors on a frozen base; none: train every weight")
+    layers: int = setting(4, "decoder layers of a new network")
+    width: int = setting(128, "model dimension of a new network")
+    heads: int = setting(4, "attention heads of a new network")
+    feed_forward: int = setting(384, "feed-forward dimension of a new network")
+    # the data
+    sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake, in training and test")
+    min_hops: int = setting(4, "steps from a start to the nearest goal, at least, in training and test")
+    easy_sides: tuple[int, int] = setting((3, 3), "tiles a side of the easy lakes that training begins with")
+    easy_hops: int = setting(2, "steps from a start to the nearest goal on easy lakes, at least")
+    easy_until: float = setting(0.5, "share of the training over which easy lakes give way to the others; 0: none")
+    lakes: int = setting(256, "lakes in a collection: on each, tabular Q-learning leaves its episodes")
+    episodes: int = setting(100, "episodes of tabular Q-learning on each lake")
+    collection_steps: int = setting(32, "training steps before a new collection is made")
+    quality: str = setting("mid", f"which episodes are likelier to be drawn (figure 6): {', '.join(QUALITY)}")
+    max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
+    held_out: int = setting(500, "test lakes that training leaves out")
+    # the optimisation
+    steps: int = setting(3000, "optimizer steps")
+    tokens: int = setting(512, "tokens in a slice, T")
+    batch: int = setting(16, "slices in a batch, B")
+    gamma: float = setting(0.9, "discount within an episode")
+    gamma_episode: float = setting(0.0, "discount across episodes of a set; the paper has none (0)")
+    reward_scale: float = setting(1.0, "rewards are multiplied by it in the loss")
+    alpha: float = setting(0.1, "share of the online network in each Polyak step (eq. 8)")
+    learning_rate: float = setting(1.5e-3, "AdamW's learning rate")
+    warm_up: int = setting(50, "steps over which the learning rate rises")
+    decay_from: float = setting(0.5, "share of the training after which the learning rate falls")
+    final_rate: float = setting(0.03, "learning rate at the end, as a share")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    clip: float = setting(1.0, "largest gradient norm")
+    seed: int = setting(0, "of weights and data")
+
+    def __post_init__(self):
+        for name in (
+            "layers",
+            "width",
+            "heads",
+            "feed_forward",
+            "lakes",
+            "episodes",
+            "collection_steps",
+            "held_out",
+            "steps",
+            "batch",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, but it is {getattr(self, name)}.")
+        for name in ("gamma", "gamma_episode", "alpha", "easy_until", "decay_from", "final_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
+        if self.quality not in QUALITY or self.adapter not in ("none", "ia3"):
+            raise ValueError(
+                f"--quality is one of {', '.join(QUALITY)} and --adapter none or ia3, not {self.quality}, {self.adapter}."
+            )
+        if self.adapter == "ia3" and not self.model:
+            raise ValueError("IA3 needs a base to adapt: name the folder of a trained run with --model.")
+
+
+EMBEDDED = Recipe()
+PAPER = Recipe(
+    adapter="ia3",
+    easy_until=0.0,
+    lakes=250,
+    collection_steps=955,  # all of them: one collection, one epoch of 9,556 slices
+    steps=955,
+    tokens=4096,
+    batch=10,
+    reward_scale=30.0,
+    learning_rate=1e-2,
+    warm_up=10,
+    decay_from=1.0,
+    clip=math.inf,
+    model="meta-llama/Llama-3.1-8B-Instruct",
+)
+OF_THE_METHOD = ("adapter", "learning_rate", "warm_up", "decay_from", "clip")  # what an IA3 run takes from PAPER on any base
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def collect(recipe: Recipe, number: int, encoder: Encoder, held_out: set) -> Iterator[Batch]:
+    """The batches of one collection: new lakes, Q-learning's episodes on them, shuffled into sets and cut into slices.
+
+    All of it follows from the recipe and the collection's number, so a resumed run sees what an uninterrupted one would.
+    """
+    rng = np.random.default_rng([recipe.seed, number])
+    progress = number * recipe.collection_steps / recipe.steps
+    easy = round(recipe.lakes * max(0.0, 1 - progress / recipe.easy_until)) if recipe.easy_until else 0
+    lakes = random_lakes(recipe.lakes - easy, rng, recipe.sides, recipe.min_hops, held_out)
+    if easy:
+        lakes += random_lakes(easy, rng, recipe.easy_sides, recipe.easy_hops, held_out)
+    env = FrozenLake(lakes, rng, max_steps=recipe.max_steps)
+    played = roll_out(env, TabularQ(env, rng, lambda episode: min(0.7, episode / recipe.episodes)), recipe.episodes)
+    orders = (rng.permutation(len(lakes)) for _ in itertools.count())
+    sets = (draw_set(played[lake], rng, recipe.quality) for order in orders for lake in order)
+    for _ in range(recipe.collection_steps):
+        slices = [encode_slice(encoder, sets, recipe.tokens, recipe.gamma, recipe.gamma_episode) for _ in range(recipe.batch)]
+        yield collate(slices)
+
+
+def batches(recipe: Recipe, encoder: Encoder, start: int) -> Iterator[Batch]:
+    """The batches of training from step `start` on. None of their lakes is a test lake."""
+    held_out = set(held_out_lakes(recipe.held_out, recipe.sides, recipe.min_hops))
+    number, skip = divmod(start, recipe.collection_steps)
+    while True:
+        yield from itertools.islice(collect(recipe, number, encoder, held_out), skip, None)
+        number, skip = number + 1, 0
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+
+
+def new_network(recipe: Recipe, encoder: Encoder) -> QNetwork:
+    """The embedded model: a small Llama with random weights, normal with deviation 0.02, less into the residual stream."""
+    head_dim = recipe.width // recipe.heads
+    if head_dim * recipe.heads != recipe.width or head_dim % 2:
+        raise ValueError(f"--width {recipe.width} has to be an even multiple of --heads {recipe.heads}.")
+    config = LlamaConfig(
+        vocab_size=encoder.tokenizer.get_vocab_size(),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=head_dim,
+        rope_theta=10_000.0,
+    )
+    llama = Llama(config)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for name, parameter in llama.named_parameters():
+        if parameter.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * recipe.layers) if residual else 0.02, generator=generator)
+    return QNetwork(llama, encoder.action_tokens)
+
+
+def based_network(recipe: Recipe) -> tuple[QNetwork, Encoder]:
+    """The network of the run `recipe.model`, to be trained further; with IA3 its weights are frozen."""
+    base, encoder, _ = load_run(recipe.model)
+    if base.adapter is not None:
+        raise ValueError(f"{recipe.model} is itself an adapter: name the run with its base.")
+    adapter = IA3.for_llama(base.llama.config) if recipe.adapter == "ia3" else None
+    return QNetwork(base.llama, encoder.action_tokens, adapter), encoder
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class Training:
+    """What changes while training: the online and the delayed network, the optimizer, and the number of steps done."""
+
+    def __init__(self, recipe: Recipe, network: QNetwork):
+        self.recipe, self.online, self.delayed, self.step = recipe, network, network.delayed_copy(), 0
+        self.optimizer = torch.optim.AdamW(network.trained().values(), weight_decay=recipe.weight_decay)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, constant, linear fall."""
+        r, progress = self.recipe, self.step / self.recipe.steps
+        fall = max(0.0, progress - r.decay_from) / max(1e-9, 1 - r.decay_from)
+        return r.learning_rate * min(1.0, (self.step + 1) / r.warm_up) * (1 - (1 - r.final_rate) * fall)
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step and one Polyak step; returns the row of log.csv. A loss that is not finite changes nothing."""
+        r = self.recipe
+        q = self.online(batch.tokens, batch.positions)  # (B, N, A)
+        with torch.no_grad():
+            q_delayed = self.delayed(batch.tokens, batch.positions)
+        targets = td_targets(q, q_delayed, r.reward_scale * batch.rewards, batch.discounts)  # (B, N)
+        loss = td_loss(q, batch.actions, targets, batch.mask)
+        row = {"step": self.step + 1, "loss": loss.item(), "learning_rate": self.learning_rate()}
+        row["mean_q"] = q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask].mean().item()
+        row["mean_target"] = targets[batch.mask].mean().item()
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"The loss is {row['loss']} at step {row['step']}: lower --learning-rate; the last checkpoint is kept."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = row["learning_rate"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip).item()
+        self.optimizer.step()
+        polyak_update(self.online, self.delayed, r.alpha)
+        self.step += 1
+        return row
+
+    def save(self, folder: Path) -> None:
+        """Write the state for --resume, as one file, and the network for use."""
+        tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
+        tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        with replacing(folder / "state.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"step": str(self.step)})
+        save_network(folder, self.online)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote. Raises ValueError if it is missing or damaged."""
+        path, optimizer = folder / "state.safetensors", self.optimizer.state_dict()
+        try:
+            with safe_open(path, "pt") as file:
+                for prefix, network in (("online", self.online), ("delayed", self.delayed)):
+                    for name, parameter in network.trained().items():
+                        parameter.copy_(file.get_tensor(f"{prefix}.{name}"))
+                for key in file.keys():
+                    if key.startswith("optimizer."):
+                        _, index, name = key.split(".")
+                        optimizer["state"].setdefault(int(index), {})[name] = file.get_tensor(key)
+                self.step = int(file.metadata()["step"])
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} has no checkpoint (state.safetensors) to resume from: start it anew.") from error
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged or of another network: {error}.") from error
+        self.optimizer.load_state_dict(optimizer)
+
+
+LOG = ("step", "loss", "mean_q", "mean_target", "learning_rate", "gradient_norm")
+
+
+def open_log(path: Path, step: int) -> TextIO:
+    """log.csv, ready for the row of the step after `step`; later rows, which a resumed run makes again, are dropped."""
+    rows = path.read_text().splitlines()[1 : step + 1] if step else []
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join([",".join(LOG), *rows]) + "\n")
+    return open(path, "a", buffering=1)
+
+
+def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Namespace) -> bool:
+    """Train to the recipe's last step, with a checkpoint, and a look at unseen lakes, now and then; False if interrupted."""
+    recipe, stop = training.recipe, []
+    lakes = held_out_lakes(min(32, recipe.held_out), recipe.sides, recipe.min_hops)
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True)
+    try:
+        with bar, open_log(folder / "log.csv", training.step) as log:
+            stream = batches(recipe, encoder, training.step)
+            while training.step < recipe.steps and not stop:
+                row = training.update(next(stream).to(args.device))
+                log.write(",".join(f"{row[name]:.6g}" for name in LOG) + "\n")
+                speed = (bar.format_dict["rate"] or 0) * recipe.batch * recipe.tokens
+                numbers = f"loss {row['loss']:.4f}, Q {row['mean_q']:.3f}, target {row['mean_target']:.3f}, {speed:,.0f} tokens/s"
+                bar.set_postfix_str(numbers, refresh=False)
+                bar.update()
+                if training.step % args.look_every == 0 and training.step < recipe.steps:
+                    (returns,) = unseen(
+                        training.online, encoder, lakes, recipe.tokens, recipe.max_steps, references=False
+                    ).values()
+                    bar.write(
+                        f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {sparkline(returns)}"
+                    )
+                if training.step % args.checkpoint_every == 0:
+                    training.save(folder)
+            training.save(folder)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return training.step == recipe.steps
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description="Train a transformer to reinforcement-learn in its context.")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: the next free runs/NUMBER)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on where this run was stopped")
+    parser.add_argument("--minutes", type=float, help="train for about so long: sets --steps by timing a few of them")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--look-every", type=int, default=1000, help="steps between looks at unseen lakes (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=200, help="unseen lakes played at the end (default: %(default)s)")
+    settings = parser.add_argument_group(
+        "recipe", "defaults of the embedded model; an IA3 run takes its base's, and the paper's optimiser"
+    )
+    for f in fields(Recipe):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + f" (default: {f.default})"
+        if isinstance(f.default, tuple):
+            settings.add_argument(flag, type=int, nargs=2, metavar=("FEWEST", "MOST"), help=text)
+        else:
+            settings.add_argument(flag, type=type(f.default), help=text)
+    return parser, parser.parse_args(arguments)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the flags ask for."""
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    recipe = EMBEDDED
+    if args.model:  # an IA3 run, unless it says otherwise
+        given.setdefault("adapter", "ia3")
+        recipe = Recipe(**load_run(args.model)[2])
+        if given["adapter"] == "ia3":
+            given = {name: getattr(PAPER, name) for name in OF_THE_METHOD} | given
+    return replace(recipe, **given)
+
+
+def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder, device: str) -> int:
+    """How many steps fit so many minutes, by a rehearsal that changes nothing."""
+    network = network.delayed_copy()
+    for parameter in network.trained().values():
+        parameter.requires_grad_(True)
+    rehearsal, started = Training(recipe, network), time.perf_counter()
+    batch = next(batches(recipe, encoder, 0)).to(device)
+    collected = time.perf_counter() - started
+    rehearsal.update(batch)
+    started, repeats = time.perf_counter(), 5
+    for _ in range(repeats):
+        rehearsal.update(batch)
+    seconds = (time.perf_counter() - started) / repeats + collected / recipe.collection_steps
+    return max(1, int(60 * minutes / seconds))
+
+
+def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
+    """A new run: its folder with config.json and tokenizer.json, and its networks."""
+    recipe = recipe_of(args)
+    if recipe.model:
+        network, encoder = based_network(recipe)
+    else:
+        encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
+        network = new_network(recipe, encoder)
+    check_context(encoder, recipe.tokens, recipe.max_steps)
+    network.to(args.device)
+    if args.minutes:
+        recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
+    folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "tokenizer.json") as temporary:
+        encoder.tokenizer.save(str(temporary))
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(network.llama.config.to_dict() | {"icrl": asdict(recipe)}, indent=2) + "\n")
+    training = Training(recipe, network)
+    training.save(folder)
+    return folder, training, encoder
+
+
+def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
+    """A run taken up at its last checkpoint."""
+    if changed := [f.name for f in fields(Recipe) if getattr(args, f.name) is not None]:
+        raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
+    network, encoder, settings = load_run(args.resume, args.device)
+    training = Training(Recipe(**settings), network)
+    training.load(args.resume)
+    return args.resume, training, encoder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser, args = parse(arguments)
+    try:
+        folder, training, encoder = resume(args) if args.resume else begin(args)
+        recipe = training.recipe
+        count = sum(p.numel() for p in training.online.trained().values())
+        total = sum(p.numel() for p in training.online.parameters())
+        print(
+            f"Run {folder}: {count:,} trained of {total:,} parameters, {recipe.steps:,} steps of {recipe.batch} x {recipe.tokens} tokens"
+        )
+        if not train(folder, training, encoder, args):
+            print(f"Stopped at step {training.step}. To go on: python train.py --resume {folder}")
+            sys.exit(130)
+        lakes = held_out_lakes(args.trials, recipe.sides, recipe.min_hops)
+        print(f"Playing {len(lakes)} lakes that training never saw ...")
+        returns = unseen(training.online, encoder, lakes, recipe.tokens, recipe.max_steps)
+        report(folder, "unseen", f"{len(lakes)} unseen lakes after {training.step:,} steps", returns)
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.exit(2, f"train.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
