@@ -37,6 +37,14 @@ def held_out_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[La
     return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops)
 
 
+def check_trials(count: int, held_out: int) -> None:
+    """Raises ValueError if a run has not so many test lakes."""
+    if not 1 <= count <= held_out:
+        raise ValueError(
+            f"This run set {held_out} lakes aside for tests, so {count} trials cannot be had: ask for 1 to {held_out}."
+        )
+
+
 def returns_of(played) -> np.ndarray:
     """(trials, episodes) undiscounted returns."""
     return np.array([[episode.total for episode in trial] for trial in played])
@@ -198,8 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         network, encoder, settings = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")
         held_out, context = settings["held_out"], args.context or settings["tokens"]
         count = args.lake + 1 if args.watch else args.trials
-        if not 1 <= count <= held_out or args.lake < 0:
-            raise ValueError(f"This run set {held_out} lakes aside for tests: ask for 1 to {held_out} trials, not {count}.")
+        check_trials(count, held_out)
         lakes = held_out_lakes(count, tuple(settings["sides"]), settings["min_hops"])
         if args.watch:
             watch(network, encoder, lakes[args.lake], context, settings["max_steps"], args.seed)

@@ -10,8 +10,7 @@ What is here
     draw                    a lake and a path on it, as text
 
 Part of the paper: section 4.1 (environment, data). Departures: the paper does not name its data-making algorithm, we take
-tabular Q-learning; it does not say whether a rejected map is redrawn at the same size, we draw the size again too (large lakes pass more
-often, so they are in the majority).
+tabular Q-learning; it does not say whether a rejected map is drawn again at the same size, we draw its size again too.
 
 Shapes: N lakes, S tiles of the largest lake (tile = row * width + column), A = 4 actions.
 """
@@ -41,10 +40,12 @@ class Lake:
     rows: tuple[str, ...]
 
     def __post_init__(self):
+        if isinstance(self.rows, str):
+            raise ValueError(f"A lake is made of its rows, one string each, not of the single string {self.rows!r}.")
         object.__setattr__(self, "rows", tuple(self.rows))
         name = "/".join(self.rows)
         if not name.replace("/", ""):
-            raise ValueError("A lake needs at least one tile, but this one has no rows.")
+            raise ValueError("A lake needs at least one tile, but this one has none.")
         if len({len(row) for row in self.rows}) != 1:
             raise ValueError(f"The rows of lake {name} differ in length: make them equally long.")
         if unknown := sorted(set("".join(self.rows)) - set("SFHG")):
@@ -107,9 +108,12 @@ def random_lakes(
     Width and height are each uniform in sides[0]..sides[1]. A tile is a start with probability 0.1, each remaining one a
     goal with 0.1, each remaining one a hole with 0.2. A map is kept if it has a start and a goal and, from every start, the
     nearest goal can be reached and is at least `min_hops` steps away; otherwise all of it is drawn again, its size too.
-    Raises ValueError if the sizes are out of range or (almost) no such map exists.
+    A lake can come more than once. The same generator state gives the same lakes, and fewer of them give the first ones.
+    Raises ValueError if the numbers are out of range or (almost) no such map exists.
     """
     low, high = sides
+    if count < 0:
+        raise ValueError(f"The number of lakes has to be at least 0, but it is {count}.")
     if not 2 <= low <= high <= 10:
         raise ValueError(f"A lake has 2 to 10 tiles a side, with the smaller number first, but {low}-{high} was asked for.")
     if not 1 <= min_hops <= low * low - 1:
@@ -118,7 +122,7 @@ def random_lakes(
     for _ in range(1000):
         found: list[Lake] = []
         for height, width in itertools.product(range(low, high + 1), repeat=2):  # equally many candidates of every size
-            tiles = _random_tiles(1024, height * width, rng)  # (1024, S)
+            tiles = _random_tiles(max(64, 16384 // high**2), height * width, rng)  # (candidates, S)
             moves = np.where(np.isin(tiles, ("H", "G"))[..., None], -1, grid_moves(height, width))
             distance, start = hops(moves, tiles == "G"), tiles == "S"
             kept = start.any(1) & np.all(~start | (np.isfinite(distance) & (distance >= min_hops)), axis=1)
@@ -165,7 +169,8 @@ class FrozenLake:
         self.moves = np.where(self.terminal[..., None], np.arange(size)[:, None], self.moves)
         starts = [np.flatnonzero(lake.tiles == "S") for lake in lakes]
         self._start_count = np.array([len(s) for s in starts])
-        self._starts = np.stack([np.resize(s, max(self._start_count)) for s in starts])
+        most = self._start_count.max()
+        self._starts = np.stack([np.resize(s, most) for s in starts])
         self._base = np.arange(len(lakes)) * size  # row i of a flattened (N, S) array begins here
         self._rewards = self.goal.astype(np.float32)
         self.state, self.steps = np.zeros(len(lakes), np.int64), np.zeros(len(lakes), np.int64)
@@ -184,7 +189,10 @@ class FrozenLake:
         return self.state
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Take actions (N,) in 0..3; returns states, rewards float32, terminated bool, truncated bool, each (N,)."""
+        """Take actions (N,); returns states, rewards float32, terminated bool, truncated bool, each (N,).
+
+        That the actions lie in 0..3 is the caller's duty: to check them here would cost as much as the step.
+        """
         if self.slippery:
             actions = (actions + self.rng.integers(-1, 2, len(self))) % 4
         state = self.moves.take((self._base + self.state) * 4 + actions)
@@ -323,7 +331,7 @@ class ShortestPath:
 
     def __init__(self, env: FrozenLake):
         self.env, self.lake = env, np.arange(len(env))
-        self.distance = hops(np.where(env.terminal[..., None], -1, env.moves), env.goal)
+        self.distance = hops(env.moves, env.goal)
 
     def act(self, state: np.ndarray, episode: int) -> np.ndarray:
         successor = self.env.moves[self.lake, state]  # (N, A)

@@ -76,13 +76,16 @@ class IA3(nn.Module):
         try:
             config = json.loads((folder / "adapter_config.json").read_text())
             tensors = load_file(folder / "adapter_model.safetensors")
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: not JSON, or not even text
             raise ValueError(f"{folder} holds no whole PEFT adapter: {error}.") from error
-        if config.get("peft_type") != "IA3" or set(config.get("target_modules") or ()) != TARGET_MODULES:
-            raise ValueError(
-                f"{folder} holds a {config.get('peft_type')} adapter of {config.get('target_modules')}: only IA3 on k_proj, "
-                "v_proj and down_proj is implemented."
-            )
+        implemented = {"peft_type": "IA3", "target_modules": TARGET_MODULES, "feedforward_modules": FEEDFORWARD_MODULES}
+        for key, ours in implemented.items():
+            theirs = config.get(key) if isinstance(config, dict) else None
+            if (set(theirs) if isinstance(theirs, list) else theirs) != ours:
+                raise ValueError(
+                    f"{folder} holds an adapter with {key} = {theirs!r}: only {sorted(ours) if key != 'peft_type' else ours} "
+                    "is implemented."
+                )
         layers = len(tensors) // len(PEFT_NAMES)
         try:
             stacks = {
@@ -97,9 +100,16 @@ class IA3(nn.Module):
         adapter.load_state_dict(stacks)
         return adapter
 
+    def check_fits(self, config) -> None:
+        """Raises ValueError if these are not the vectors of a Llama of this LlamaConfig."""
+        for ours, theirs in zip(self.parameters(), IA3.for_llama(config).parameters()):
+            if ours.shape != theirs.shape:
+                raise ValueError(f"The adapter's vectors are {tuple(ours.shape)}, but the model needs {tuple(theirs.shape)}.")
+
     @torch.no_grad()
     def merge(self, llama: nn.Module) -> None:
         """Fold the vectors into the weights of `llama`, in place: rows of k_proj and v_proj, columns of down_proj."""
+        self.check_fits(llama.config)
         for i, layer in enumerate(llama.model.layers):
             layer.self_attn.k_proj.weight.mul_(self.key[i][:, None])
             layer.self_attn.v_proj.weight.mul_(self.value[i][:, None])

@@ -208,6 +208,8 @@ class QNetwork(nn.Module):
         self.llama, self.adapter = llama, adapter
         self.register_buffer("action_tokens", torch.as_tensor(action_tokens), persistent=False)
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
+        if adapter is not None:
+            adapter.check_fits(llama.config)
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Q-values (B, N, A), float32, at the given positions (B, N) of tokens (B, T)."""

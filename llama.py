@@ -17,7 +17,7 @@ Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K k
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,17 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"A Llama needs a {name} of at least 1, but it is {getattr(self, name)}.")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) has to be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"RoPE rotates pairs, so head_dim has to be even, but it is {self.head_dim}.")
         if self.rope_scaling is not None and self.rope_scaling.get("rope_type") != "llama3":
             raise ValueError(f"RoPE scaling {self.rope_scaling} is not implemented: use type llama3 or none.")
+        if self.rope_scaling is not None and (missing := LLAMA3_SCALING - self.rope_scaling.keys()):
+            raise ValueError(f"RoPE scaling of type llama3 needs {', '.join(sorted(missing))}, but the config has none.")
 
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
@@ -63,27 +64,34 @@ class LlamaConfig:
 
         Raises ValueError, in one sentence, for anything that `Llama` does not implement.
         """
-        if config.get("model_type") != "llama":
-            raise ValueError(
-                f"Only checkpoints of model_type llama are implemented, but this one is {config.get('model_type')!r}."
-            )
+        if not isinstance(config, dict) or config.get("model_type") != "llama":
+            kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+            raise ValueError(f"Only checkpoints of model_type llama are implemented, but this one is {kind!r}.")
         for key, implemented in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("pretraining_tp", 1)):
             if config.get(key, implemented) != implemented:
                 raise ValueError(f"A Llama with {key} = {config[key]!r} is not implemented, only {implemented!r} is.")
-        if "quantization_config" in config:
+        if config.get("quantization_config"):
             raise ValueError("A quantised checkpoint is not implemented: use the original one in bf16, fp16 or fp32.")
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise ValueError(f"The config's {key} has to be a whole number of at least 1, but it is {config.get(key)!r}.")
         # transformers 5 keeps theta and the scaling in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0  # transformers' default
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
         heads = config["num_attention_heads"]
-        known = {f.name for f in fields(cls)} & set(config)
         return cls(
-            **{name: config[name] for name in known - {"head_dim", "num_key_value_heads", "rope_theta", "rope_scaling"}},
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),  # transformers' default
             rope_theta=float(theta),
             rope_scaling=None if rope["rope_type"] == "default" else rope,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         )
 
     def to_dict(self) -> dict:
@@ -126,7 +134,8 @@ class KVCache:
     """Keys and values of every past token, preallocated; row b holds lengths[b] tokens.
 
     Feed a chunk (B, T) whose row b begins with its counts[b] real tokens, the rest being padding, then call
-    `advance(counts)`: padding lies beyond the length, is never attended to, and is overwritten by the next chunk.
+    `advance(counts)`: padding lies beyond the length, is never attended to, and is overwritten by the next chunk. Padding
+    takes slots too, so allow for one chunk more than a row will hold.
     """
 
     def __init__(self, config: LlamaConfig, rows: int, slots: int, dtype=torch.float32, device=None):
@@ -285,26 +294,32 @@ def load_llama(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     Built on the meta device, so that the weights exist once: as they come from the file.
     """
     folder = Path(folder)
+    path = folder / "model.safetensors"
+    for file in (folder / "config.json", path):
+        if not file.is_file():
+            raise ValueError(f"{folder} is no checkpoint folder: it has no {file.name}.")
     try:
-        config = LlamaConfig.from_dict(json.loads((folder / "config.json").read_text()))
-        tensors = load_file(folder / "model.safetensors", device=str(device))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} is no checkpoint folder: it has no {Path(error.filename or 'model.safetensors').name}."
-        ) from error
-    except json.JSONDecodeError as error:
+        content = json.loads((folder / "config.json").read_text())
+    except ValueError as error:  # or not even text
         raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from error
-    except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged ({error}): copy or download it again.") from error
+    config = LlamaConfig.from_dict(content)
+    try:
+        tensors = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again.") from error
+    for name in [
+        n for n in tensors if n.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and n == "lm_head.weight")
+    ]:
+        del tensors[name]  # computed here, or the same as embed_tokens
     with torch.device("meta"):
         llama = Llama(config)
     expected = llama.state_dict()
-    for what, names in (("lacks", expected.keys() - tensors.keys()), ("has the unknown", tensors.keys() - expected.keys())):
+    for what, names in (("lacks", expected.keys() - tensors.keys()), ("should not have", tensors.keys() - expected.keys())):
         if names:
-            raise ValueError(f"{folder / 'model.safetensors'} {what} {len(names)} tensors, for instance {min(names)}.")
+            raise ValueError(f"{path} {what} {min(names)}" + (f" and {len(names) - 1} more." if len(names) > 1 else "."))
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             shapes = f"{tuple(tensors[name].shape)}, where its config.json says {tuple(tensor.shape)}"
-            raise ValueError(f"{name} in {folder / 'model.safetensors'} has the shape {shapes}.")
+            raise ValueError(f"{name} in {path} has the shape {shapes}.")
     llama.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return llama

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from eval import held_out_lakes, report, sparkline, unseen
+from eval import check_trials, held_out_lakes, report, sparkline, unseen
 from frozen_lake import MAX_STEPS, FrozenLake, TabularQ, random_lakes, roll_out
 from ia3 import IA3
 from icrl import (
@@ -69,34 +69,37 @@ class Recipe:
     model: str = setting("", "folder of a run whose network is the base (default: a new one with random weights)")
     adapter: str = setting("none", "ia3: train IA3 vectors on a frozen base; none: train every weight")
     layers: int = setting(4, "decoder layers of a new network")
-    width: int = setting(128, "model dimension of a new network")
-    heads: int = setting(4, "attention heads of a new network")
-    feed_forward: int = setting(384, "feed-forward dimension of a new network")
+    width: int = setting(64, "model dimension of a new network")
+    heads: int = setting(2, "attention heads of a new network")
+    feed_forward: int = setting(192, "feed-forward dimension of a new network")
     # the data
     sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake, in training and test")
-    min_hops: int = setting(4, "steps from a start to the nearest goal, at least, in training and test")
+    min_hops: int = setting(2, "steps from a start to the nearest goal, at least, in training and test; the paper's: 4")
     easy_sides: tuple[int, int] = setting((3, 3), "tiles a side of the easy lakes that training begins with")
     easy_hops: int = setting(2, "steps from a start to the nearest goal on easy lakes, at least")
-    easy_until: float = setting(0.5, "share of the training over which easy lakes give way to the others; 0: none")
+    easy_until: float = setting(0.4, "share of the training over which easy lakes give way to the others; 0: none")
     lakes: int = setting(256, "lakes in a collection: on each, tabular Q-learning leaves its episodes")
     episodes: int = setting(100, "episodes of tabular Q-learning on each lake")
-    collection_steps: int = setting(32, "training steps before a new collection is made")
+    explore: float = setting(0.3, "share of them, the first ones, in which it acts at random")
+    greedy: float = setting(0.8, "chance of its best action in the others")
+    collection_steps: int = setting(64, "training steps before a new collection is made")
     quality: str = setting("mid", f"which episodes are likelier to be drawn (figure 6): {', '.join(QUALITY)}")
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
     held_out: int = setting(500, "test lakes that training leaves out")
     # the optimisation
-    steps: int = setting(3000, "optimizer steps")
+    steps: int = setting(3600, "optimizer steps")
     tokens: int = setting(512, "tokens in a slice, T")
-    batch: int = setting(16, "slices in a batch, B")
+    batch: int = setting(8, "slices in a batch, B")
     gamma: float = setting(0.9, "discount within an episode")
     gamma_episode: float = setting(0.0, "discount across episodes of a set; the paper has none (0)")
     reward_scale: float = setting(1.0, "rewards are multiplied by it in the loss")
     alpha: float = setting(0.1, "share of the online network in each Polyak step (eq. 8)")
-    learning_rate: float = setting(1.5e-3, "AdamW's learning rate")
+    learning_rate: float = setting(3e-3, "AdamW's learning rate")
+    muon_rate: float = setting(0.02, "Muon's learning rate for the layers' matrices; 0: AdamW for all, as in the paper")
     warm_up: int = setting(50, "steps over which the learning rate rises")
-    decay_from: float = setting(0.5, "share of the training after which the learning rate falls")
+    decay_from: float = setting(0.6, "share of the training after which the learning rate falls")
     final_rate: float = setting(0.03, "learning rate at the end, as a share")
-    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates")
     clip: float = setting(1.0, "largest gradient norm")
     seed: int = setting(0, "of weights and data")
 
@@ -115,7 +118,7 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, but it is {getattr(self, name)}.")
-        for name in ("gamma", "gamma_episode", "alpha", "easy_until", "decay_from", "final_rate"):
+        for name in ("gamma", "gamma_episode", "alpha", "easy_until", "explore", "greedy", "decay_from", "final_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
         if self.quality not in QUALITY or self.adapter not in ("none", "ia3"):
@@ -129,6 +132,7 @@ class Recipe:
 EMBEDDED = Recipe()
 PAPER = Recipe(
     adapter="ia3",
+    min_hops=4,
     easy_until=0.0,
     lakes=250,
     collection_steps=955,  # all of them: one collection, one epoch of 9,556 slices
@@ -137,12 +141,20 @@ PAPER = Recipe(
     batch=10,
     reward_scale=30.0,
     learning_rate=1e-2,
+    muon_rate=0.0,
     warm_up=10,
     decay_from=1.0,
     clip=math.inf,
     model="meta-llama/Llama-3.1-8B-Instruct",
 )
-OF_THE_METHOD = ("adapter", "learning_rate", "warm_up", "decay_from", "clip")  # what an IA3 run takes from PAPER on any base
+OF_THE_METHOD = (
+    "adapter",
+    "learning_rate",
+    "muon_rate",
+    "warm_up",
+    "decay_from",
+    "clip",
+)  # what an IA3 run takes from PAPER on any base
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -160,7 +172,8 @@ def collect(recipe: Recipe, number: int, encoder: Encoder, held_out: set) -> Ite
     if easy:
         lakes += random_lakes(easy, rng, recipe.easy_sides, recipe.easy_hops, held_out)
     env = FrozenLake(lakes, rng, max_steps=recipe.max_steps)
-    played = roll_out(env, TabularQ(env, rng, lambda episode: min(0.7, episode / recipe.episodes)), recipe.episodes)
+    chance = lambda episode: 0.0 if episode < recipe.explore * recipe.episodes else recipe.greedy  # noqa: E731
+    played = roll_out(env, TabularQ(env, rng, chance), recipe.episodes)
     orders = (rng.permutation(len(lakes)) for _ in itertools.count())
     sets = (draw_set(played[lake], rng, recipe.quality) for order in orders for lake in order)
     for _ in range(recipe.collection_steps):
@@ -217,17 +230,23 @@ def based_network(recipe: Recipe) -> tuple[QNetwork, Encoder]:
 
 
 class Training:
-    """What changes while training: the online and the delayed network, the optimizer, and the number of steps done."""
+    """What changes while training: the online and the delayed network, the optimizers, and the number of steps done."""
 
     def __init__(self, recipe: Recipe, network: QNetwork):
         self.recipe, self.online, self.delayed, self.step = recipe, network, network.delayed_copy(), 0
-        self.optimizer = torch.optim.AdamW(network.trained().values(), weight_decay=recipe.weight_decay)
+        trained = network.trained()
+        matrices = [name for name in trained if recipe.muon_rate and ".layers." in name and trained[name].ndim == 2]
+        adamw = torch.optim.AdamW([p for name, p in trained.items() if name not in matrices], weight_decay=recipe.weight_decay)
+        self.optimizers = [(adamw, recipe.learning_rate)]
+        if matrices:
+            muon = torch.optim.Muon([trained[name] for name in matrices], weight_decay=recipe.weight_decay)
+            self.optimizers.append((muon, recipe.muon_rate))
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, constant, linear fall."""
+    def schedule(self) -> float:
+        """The learning rates' present share of their full size: linear warm-up, constant, linear fall."""
         r, progress = self.recipe, self.step / self.recipe.steps
         fall = max(0.0, progress - r.decay_from) / max(1e-9, 1 - r.decay_from)
-        return r.learning_rate * min(1.0, (self.step + 1) / r.warm_up) * (1 - (1 - r.final_rate) * fall)
+        return min(1.0, (self.step + 1) / r.warm_up) * (1 - (1 - r.final_rate) * fall)
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step and one Polyak step; returns the row of log.csv. A loss that is not finite changes nothing."""
@@ -237,19 +256,19 @@ class Training:
             q_delayed = self.delayed(batch.tokens, batch.positions)
         targets = td_targets(q, q_delayed, r.reward_scale * batch.rewards, batch.discounts)  # (B, N)
         loss = td_loss(q, batch.actions, targets, batch.mask)
-        row = {"step": self.step + 1, "loss": loss.item(), "learning_rate": self.learning_rate()}
+        row = {"step": self.step + 1, "loss": loss.item(), "learning_rate": self.recipe.learning_rate * self.schedule()}
         row["mean_q"] = q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask].mean().item()
         row["mean_target"] = targets[batch.mask].mean().item()
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(
                 f"The loss is {row['loss']} at step {row['step']}: lower --learning-rate; the last checkpoint is kept."
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = row["learning_rate"]
-        self.optimizer.zero_grad()
+        self.online.zero_grad()
         loss.backward()
         row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip).item()
-        self.optimizer.step()
+        for optimizer, rate in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate * self.schedule()
+            optimizer.step()
         polyak_update(self.online, self.delayed, r.alpha)
         self.step += 1
         return row
@@ -258,8 +277,9 @@ class Training:
         """Write the state for --resume, as one file, and the network for use."""
         tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
         tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        for number, (optimizer, _) in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
         with replacing(folder / "state.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"step": str(self.step)})
         save_network(folder, self.online)
@@ -267,22 +287,23 @@ class Training:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote. Raises ValueError if it is missing or damaged."""
-        path, optimizer = folder / "state.safetensors", self.optimizer.state_dict()
+        path, states = folder / "state.safetensors", [optimizer.state_dict() for optimizer, _ in self.optimizers]
         try:
             with safe_open(path, "pt") as file:
                 for prefix, network in (("online", self.online), ("delayed", self.delayed)):
                     for name, parameter in network.trained().items():
                         parameter.copy_(file.get_tensor(f"{prefix}.{name}"))
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118, it is no dict
                     if key.startswith("optimizer."):
-                        _, index, name = key.split(".")
-                        optimizer["state"].setdefault(int(index), {})[name] = file.get_tensor(key)
+                        _, number, index, name = key.split(".")
+                        states[int(number)]["state"].setdefault(int(index), {})[name] = file.get_tensor(key)
                 self.step = int(file.metadata()["step"])
         except FileNotFoundError as error:
             raise ValueError(f"{folder} has no checkpoint (state.safetensors) to resume from: start it anew.") from error
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged or of another network: {error}.") from error
-        self.optimizer.load_state_dict(optimizer)
+        for (optimizer, _), state in zip(self.optimizers, states):
+            optimizer.load_state_dict(state)
 
 
 LOG = ("step", "loss", "mean_q", "mean_target", "learning_rate", "gradient_norm")
@@ -338,7 +359,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--minutes", type=float, help="train for about so long: sets --steps by timing a few of them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--look-every", type=int, default=1000, help="steps between looks at unseen lakes (default: %(default)s)")
+    parser.add_argument("--look-every", type=int, default=600, help="steps between looks at unseen lakes (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=200, help="unseen lakes played at the end (default: %(default)s)")
     settings = parser.add_argument_group(
         "recipe", "defaults of the embedded model; an IA3 run takes its base's, and the paper's optimiser"
@@ -390,6 +411,7 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
         encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
         network = new_network(recipe, encoder)
     check_context(encoder, recipe.tokens, recipe.max_steps)
+    check_trials(args.trials, recipe.held_out)
     network.to(args.device)
     if args.minutes:
         recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
@@ -411,6 +433,7 @@ def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     if changed := [f.name for f in fields(Recipe) if getattr(args, f.name) is not None]:
         raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
     network, encoder, settings = load_run(args.resume, args.device)
+    check_trials(args.trials, settings["held_out"])
     training = Training(Recipe(**settings), network)
     training.load(args.resume)
     return args.resume, training, encoder
@@ -423,9 +446,8 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = training.recipe
         count = sum(p.numel() for p in training.online.trained().values())
         total = sum(p.numel() for p in training.online.parameters())
-        print(
-            f"Run {folder}: {count:,} trained of {total:,} parameters, {recipe.steps:,} steps of {recipe.batch} x {recipe.tokens} tokens"
-        )
+        size = f"{recipe.steps:,} steps of {recipe.batch} x {recipe.tokens} tokens"
+        print(f"Run {folder}: {count:,} trained of {total:,} parameters, {size}")
         if not train(folder, training, encoder, args):
             print(f"Stopped at step {training.step}. To go on: python train.py --resume {folder}")
             sys.exit(130)

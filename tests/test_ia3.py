@@ -195,7 +195,7 @@ def test_ia3_on_other_modules_is_refused(saved):
     """An IA3 adapter without the value vectors is not ours."""
     path = saved / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["k_proj", "down_proj"]}))
-    assert re.search("only IA3 on k_proj, v_proj and down_proj", refusal(IA3.load, saved))
+    assert re.search(r"target_modules.*only \['down_proj', 'k_proj', 'v_proj'\] is implemented", refusal(IA3.load, saved))
 
 
 def test_a_missing_folder_is_refused(tmp_path):

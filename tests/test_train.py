@@ -23,10 +23,10 @@ from frozen_lake import random_lakes
 from icrl import COMPACT_TEMPLATE, Encoder, compact_tokenizer, load_run
 
 ROOT = Path(__file__).parent.parent
-SMALL = (
-    "--layers 1 --width 16 --heads 2 --feed-forward 24 --lakes 24 --episodes 40 --collection-steps 5 --tokens 96 --max-steps 20 "
-    "--batch 4 --steps 24 --sides 3 4 --min-hops 3 --held-out 20 --trials 10 --checkpoint-every 3 --look-every 8"
-).split()
+SMALL = """--layers 1 --width 16 --heads 2 --feed-forward 24 --lakes 24 --episodes 40 --collection-steps 5 --tokens 96
+    --max-steps 20 --batch 4 --steps 24 --sides 3 4 --min-hops 3 --held-out 20 --trials 10 --checkpoint-every 3
+    --look-every 8"""
+SMALL = [*SMALL.split()]
 
 
 def command(program: str, *arguments) -> list[str]:
@@ -49,11 +49,11 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    """config.json, tokenizer.json, weights, state, log.csv with a row a step, curve.csv by the contract, curve.png; nothing half-written."""
+    """Config, tokenizer, weights, state, a log row a step, curve.csv by the contract, curve.png; nothing half-written."""
     names = {p.name for p in finished.iterdir()} - {"stdout.txt"}
     expected = "config.json tokenizer.json model.safetensors state.safetensors log.csv curve.csv curve.png"
     assert names == set(expected.split())
-    log = list(csv.DictReader(open(finished / "log.csv")))
+    log = list(csv.DictReader((finished / "log.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in log] == list(range(1, 25))
     assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
     lines = (finished / "curve.csv").read_text().splitlines()
@@ -162,7 +162,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 def test_no_training_lake_is_a_test_lake():
     """The held-out lakes are left out of every collection; without the exclusion some would be in it."""
-    recipe = train.Recipe(sides=(3, 3), min_hops=2, easy_until=0.0, lakes=400, held_out=300, episodes=20, collection_steps=1, batch=1)
+    recipe = train.Recipe(
+        sides=(3, 3), min_hops=2, easy_until=0.0, lakes=400, held_out=300, episodes=20, collection_steps=1, batch=1
+    )
     held_out = set(evaluation.held_out_lakes(300, (3, 3), 2))
     drawn = []
     original = train.random_lakes
@@ -204,7 +206,9 @@ def test_ia3_on_a_saved_run_trains_the_vectors_alone(finished, tmp_path):
     done = run("train.py", "--adapter", "ia3", "--model", finished, "--steps", 12, "--trials", 10, "--out", folder)
     assert done.returncode == 0, done.stderr
     assert {p.name: p.read_bytes() for p in finished.iterdir()} == base
-    assert {"adapter_config.json", "adapter_model.safetensors", "state.safetensors", "curve.csv"} <= {p.name for p in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "state.safetensors", "curve.csv"} <= {
+        p.name for p in folder.iterdir()
+    }
     assert not (folder / "model.safetensors").exists()
     network, _, recipe = load_run(folder)
     assert recipe["learning_rate"] == 1e-2  # the paper's
@@ -287,7 +291,12 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_wilson_interval_against_published_values():
     """Newcombe (1998), table I, method 3 (score): 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for hits, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for hits, trials, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         ours = evaluation.wilson(np.array(hits / trials), trials)
         assert ours == pytest.approx((low, high), abs=1e-4)
 
