@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from frozen_lake import ACTIONS, MAX_STEPS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
-from icrl import Encoder, QNetwork, load_run, model_probability, play, replacing
+from icrl import Encoder, QNetwork, explain, load_run, model_probability, play, replacing
 
 EPISODES = 30
 TEST_SEED = 2501_14176  # of the lakes set aside for tests; training leaves them out
@@ -150,6 +150,7 @@ def sparkline(r: np.ndarray) -> str:
 def report(folder: Path, experiment: str, title: str, returns: dict[str, np.ndarray]) -> None:
     """Print the plot and the table of an experiment; write curve.csv and curve.png into `folder`."""
     print(f"\n{title}\n\n{text_plot(returns)}\n\n{table(returns)}\n")
+    folder.mkdir(parents=True, exist_ok=True)
     write_curve(folder / "curve.csv", experiment, returns)
     if plot_curve(folder / "curve.png", title, returns):
         print(f"Written: {folder / 'curve.csv'} and {folder / 'curve.png'}")
@@ -162,29 +163,20 @@ def report(folder: Path, experiment: str, title: str, returns: dict[str, np.ndar
 
 def watch(network: QNetwork, encoder: Encoder, lake: Lake, context: int, max_steps: int, seed: int) -> None:
     """Play one trial and print every step: the Q-values before it and the action, * where a coin and not the model chose."""
-    path: list[int] = []
-    shown = -1
-
-    def show(episode, state, q, by_model, action):
-        nonlocal shown
-        if episode[0] != shown:
-            if shown >= 0:
-                finish()
-            shown = int(episode[0])
-            print(f"\nepisode {shown}: the model chooses with probability {model_probability(shown):.1f}")
-            print(f"  {'tile':>4}  " + "".join(f"{f'Q({a})':>9}" for a in ACTIONS) + "   action")
-        path.append(int(state[0]))
-        values = "".join(f"{v:9.3f}" for v in q[0])
-        print(f"  {state[0]:>4}  {values}   {ACTIONS[action[0]]}{'' if by_model[0] else ' *'}")
-
-    def finish():
-        print(draw(lake, path))
-        path.clear()
-
-    print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
+    seen: list[tuple] = []  # Q-values before each step, and whether the model chose
     rng = np.random.default_rng(seed)
-    (episodes,) = play(network, encoder, [lake], EPISODES, rng, context, max_steps=max_steps, watch=show)
-    finish()
+    note = lambda episode, state, q, by_model, action: seen.append((q[0].copy(), by_model[0]))  # noqa: E731
+    (episodes,) = play(network, encoder, [lake], EPISODES, rng, context, max_steps=max_steps, watch=note)
+    print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
+    steps = iter(seen)
+    for number, episode in enumerate(episodes):
+        print(f"\nepisode {number}: the model chooses with probability {model_probability(number):.1f}")
+        print("  tile " + "".join(f"{f'Q({a})':>9}" for a in ACTIONS) + "   action")
+        for tile, action in zip(episode.observations, episode.actions):
+            q, by_model = next(steps)
+            print(f"  {tile:>4} " + "".join(f"{v:9.3f}" for v in q) + f"   {ACTIONS[action]}{'' if by_model else ' *'}")
+        end = "the goal" if episode.total else "the step limit" if episode.truncated else "a hole"
+        print(f"{draw(lake, episode.observations.tolist())}\nended by {end}, return {episode.total:.0f}")
     print("\nreturns: " + " ".join(f"{e.total:.0f}" for e in episodes))
 
 
@@ -214,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
             returns = unseen(network, encoder, lakes, context, settings["max_steps"], args.seed)
             report(args.out or args.run, "unseen", f"{count} unseen lakes, {args.run.name}", returns)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"eval.py: {error}\n")
+        parser.exit(2, f"eval.py: {explain(error)}\n")
     except KeyboardInterrupt:
         sys.exit(130)
 

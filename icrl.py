@@ -72,8 +72,9 @@ def compact_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-NOTHING, BEGIN, PROMPT, REWARD, CUT, END, ACTION = range(7)  # messages by number; those of the actions, then of the tiles,
-OBSERVATION = ACTION + len(ACTIONS)  # ... follow: ACTION + a, OBSERVATION + tile
+# A transcript is a sequence of messages; each kind has a number. Action a is ACTION + a, tile s is OBSERVATION + s.
+NOTHING, BEGIN, PROMPT, REWARD, CUT, END, ACTION = range(7)
+OBSERVATION = ACTION + len(ACTIONS)
 
 
 class Encoder:
@@ -169,8 +170,8 @@ def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, g
     positions = ends[is_action] - encoder.lengths[messages[is_action]] - 1  # the token before the action word
     kept = int((positions < length - 1).sum())  # the action word is inside of the slice
     mask = np.ones(kept, bool)
-    if kept < len(positions):  # the last target needs a position beyond the slice, unless its episode ends there
-        mask[-1:] = (discounts[kept - 1] == 0) | (positions[kept] < length)
+    if kept:  # the last target needs the next position, unless nothing follows
+        mask[-1] = discounts[kept - 1] == 0 or (kept < len(positions) and positions[kept] < length)
     tokens = encoder.join(messages[None])[0][:, :length]
     actions = messages[is_action] - ACTION
     arrays = (tokens, *(x[None, :kept] for x in (positions, actions, rewards, discounts, mask)))
@@ -397,6 +398,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def explain(error: Exception) -> str:
+    """The sentence that a program ends with when a user's input or disk stopped it."""
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be read or written ({error.strerror}): choose another place, or free this one."
+    return str(error)
 
 
 def save_network(folder: Path, network: QNetwork) -> None:

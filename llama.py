@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -47,10 +48,8 @@ class LlamaConfig:
 
     def __post_init__(self):
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) has to be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
+            heads = f"num_attention_heads ({self.num_attention_heads})"
+            raise ValueError(f"{heads} has to be a multiple of num_key_value_heads ({self.num_key_value_heads}).")
         if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"RoPE rotates pairs, so head_dim has to be even, but it is {self.head_dim}.")
         if self.rope_scaling is not None and self.rope_scaling.get("rope_type") != "llama3":
@@ -72,22 +71,18 @@ class LlamaConfig:
                 raise ValueError(f"A Llama with {key} = {config[key]!r} is not implemented, only {implemented!r} is.")
         if config.get("quantization_config"):
             raise ValueError("A quantised checkpoint is not implemented: use the original one in bf16, fp16 or fp32.")
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(config.get(key), int) or config[key] < 1:
-                raise ValueError(f"The config's {key} has to be a whole number of at least 1, but it is {config.get(key)!r}.")
+        sizes = {key: config.get(key) for key in SIZES}
+        for key, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"The config's {key} has to be a whole number of at least 1, but it is {size!r}.")
         # transformers 5 keeps theta and the scaling in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0  # transformers' default
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        heads = config["num_attention_heads"]
         return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            **sizes,
+            num_key_value_heads=config.get("num_key_value_heads") or sizes["num_attention_heads"],
+            head_dim=config.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),  # transformers' default
             rope_theta=float(theta),
             rope_scaling=None if rope["rope_type"] == "default" else rope,

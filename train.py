@@ -46,6 +46,7 @@ from icrl import (
     compact_tokenizer,
     draw_set,
     encode_slice,
+    explain,
     load_run,
     polyak_update,
     replacing,
@@ -100,31 +101,20 @@ class Recipe:
     decay_from: float = setting(0.6, "share of the training after which the learning rate falls")
     final_rate: float = setting(0.03, "learning rate at the end, as a share")
     weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates")
-    clip: float = setting(1.0, "largest gradient norm")
+    clip: float = setting(1.0, "largest gradient norm; 0: any")
     seed: int = setting(0, "of weights and data")
 
     def __post_init__(self):
-        for name in (
-            "layers",
-            "width",
-            "heads",
-            "feed_forward",
-            "lakes",
-            "episodes",
-            "collection_steps",
-            "held_out",
-            "steps",
-            "batch",
-        ):
+        for (
+            name
+        ) in "layers width heads feed_forward lakes episodes collection_steps held_out steps batch warm_up max_steps".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, but it is {getattr(self, name)}.")
-        for name in ("gamma", "gamma_episode", "alpha", "easy_until", "explore", "greedy", "decay_from", "final_rate"):
+        for name in "gamma gamma_episode alpha easy_until explore greedy decay_from final_rate".split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
         if self.quality not in QUALITY or self.adapter not in ("none", "ia3"):
-            raise ValueError(
-                f"--quality is one of {', '.join(QUALITY)} and --adapter none or ia3, not {self.quality}, {self.adapter}."
-            )
+            raise ValueError(f"--quality is high, mid or low and --adapter none or ia3, not {self.quality} and {self.adapter}.")
         if self.adapter == "ia3" and not self.model:
             raise ValueError("IA3 needs a base to adapt: name the folder of a trained run with --model.")
 
@@ -144,17 +134,10 @@ PAPER = Recipe(
     muon_rate=0.0,
     warm_up=10,
     decay_from=1.0,
-    clip=math.inf,
+    clip=0.0,
     model="meta-llama/Llama-3.1-8B-Instruct",
 )
-OF_THE_METHOD = (
-    "adapter",
-    "learning_rate",
-    "muon_rate",
-    "warm_up",
-    "decay_from",
-    "clip",
-)  # what an IA3 run takes from PAPER on any base
+OF_THE_METHOD = "adapter learning_rate muon_rate warm_up decay_from clip".split()  # what IA3 takes from PAPER on any base
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -260,12 +243,11 @@ class Training:
         row["mean_q"] = q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask].mean().item()
         row["mean_target"] = targets[batch.mask].mean().item()
         if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"The loss is {row['loss']} at step {row['step']}: lower --learning-rate; the last checkpoint is kept."
-            )
+            what = f"The loss is {row['loss']} at step {row['step']}"
+            raise FloatingPointError(f"{what}: lower the learning rates; the last checkpoint is kept.")
         self.online.zero_grad()
         loss.backward()
-        row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip).item()
+        row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip or math.inf).item()
         for optimizer, rate in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate * self.schedule()
             optimizer.step()
@@ -334,12 +316,9 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 if training.step % args.look_every == 0 and training.step < recipe.steps:
-                    (returns,) = unseen(
-                        training.online, encoder, lakes, recipe.tokens, recipe.max_steps, references=False
-                    ).values()
-                    bar.write(
-                        f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {sparkline(returns)}"
-                    )
+                    look = unseen(training.online, encoder, lakes, recipe.tokens, recipe.max_steps, references=False)
+                    curve = sparkline(*look.values())
+                    bar.write(f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {curve}")
                 if training.step % args.checkpoint_every == 0:
                     training.save(folder)
             training.save(folder)
@@ -361,9 +340,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--look-every", type=int, default=600, help="steps between looks at unseen lakes (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=200, help="unseen lakes played at the end (default: %(default)s)")
-    settings = parser.add_argument_group(
-        "recipe", "defaults of the embedded model; an IA3 run takes its base's, and the paper's optimiser"
-    )
+    defaults = "defaults of the embedded model; an IA3 run takes its base's, and the paper's optimiser"
+    settings = parser.add_argument_group("recipe", defaults)
     for f in fields(Recipe):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + f" (default: {f.default})"
         if isinstance(f.default, tuple):
@@ -379,7 +357,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = EMBEDDED
     if args.model:  # an IA3 run, unless it says otherwise
-        given.setdefault("adapter", "ia3")
+        given |= {"model": str(Path(args.model).resolve()), "adapter": args.adapter or "ia3"}
         recipe = Recipe(**load_run(args.model)[2])
         if given["adapter"] == "ia3":
             given = {name: getattr(PAPER, name) for name in OF_THE_METHOD} | given
@@ -430,7 +408,7 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
 
 def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     """A run taken up at its last checkpoint."""
-    if changed := [f.name for f in fields(Recipe) if getattr(args, f.name) is not None]:
+    if changed := [name for name in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, name) is not None]:
         raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
     network, encoder, settings = load_run(args.resume, args.device)
     check_trials(args.trials, settings["held_out"])
@@ -456,7 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
         returns = unseen(training.online, encoder, lakes, recipe.tokens, recipe.max_steps)
         report(folder, "unseen", f"{len(lakes)} unseen lakes after {training.step:,} steps", returns)
     except (ValueError, OSError, FloatingPointError) as error:
-        parser.exit(2, f"train.py: {error}\n")
+        parser.exit(2, f"train.py: {explain(error)}\n")
 
 
 if __name__ == "__main__":

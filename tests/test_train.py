@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = """--layers 1 --width 16 --heads 2 --feed-forward 24 --lakes 24 --episodes 40 --collection-steps 5 --tokens 96
     --max-steps 20 --batch 4 --steps 24 --sides 3 4 --min-hops 3 --held-out 20 --trials 10 --checkpoint-every 3
     --look-every 8"""
-SMALL = [*SMALL.split()]
+SMALL = SMALL.split()
 
 
 def command(program: str, *arguments) -> list[str]:
@@ -195,6 +195,7 @@ def test_watch_shows_lake_path_and_q_values(finished):
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^episode \d+: ", done.stdout, re.M)) == 30
     assert re.search(r"^ +\d+ ( +-?\d+\.\d{3}){4}   (left|down|right|up)", done.stdout, re.M)
+    assert len(re.findall(r"^ended by (the goal, return 1|(a hole|the step limit), return 0)$", done.stdout, re.M)) == 30
     assert re.search(r"^returns: ([01] ){29}[01]$", done.stdout, re.M)
     assert "<" in done.stdout
 
@@ -274,14 +275,16 @@ def test_bad_input_ends_with_one_sentence(finished, tmp_path):
     refused(run("eval.py", finished, "--context", 10, "--trials", 1), "10 tokens of context are too few")
     (tmp_path / "file").write_text("")
     refused(run("train.py", *SMALL, "--out", tmp_path / "file" / "run"), "file")
-    refused(run("eval.py", finished, "--trials", 1, "--out", tmp_path / "file"), "curve.csv")
+    refused(run("eval.py", finished, "--trials", 1, "--out", tmp_path / "file"), "file cannot be read or written")
+    (tmp_path / "taken" / "curve.csv").mkdir(parents=True)
+    refused(run("eval.py", finished, "--trials", 1, "--out", tmp_path / "taken"), "curve.csv")
 
 
 def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(tmp_path):
     """An absurd learning rate: exit code 2, one sentence, and the checkpoint on disk has finite weights."""
     folder = tmp_path / "nan"
     done = run("train.py", *SMALL, "--learning-rate", "1e30", "--warm-up", "1", "--checkpoint-every", "1", "--out", folder)
-    refused(done, "loss is", "lower --learning-rate")
+    refused(done, "loss is", "lower the learning rates")
     assert all(torch.isfinite(t).all() for t in load_file(folder / "model.safetensors").values())
     assert all(torch.isfinite(t).all() for t in load_file(folder / "state.safetensors").values())
 
