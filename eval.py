@@ -107,14 +107,15 @@ def plot_curve(path: Path, title: str, returns: dict[str, np.ndarray]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    axes = (figure := Figure(figsize=(7, 4.2), layout="constrained")).subplots()
     for player, r in returns.items():
         mean, (colour, _) = r.mean(0), PLAYERS[player]
         axes.fill_between(range(len(mean)), *wilson(mean, len(r)), color=colour, alpha=0.15, linewidth=0)
         axes.plot(mean, color=colour, label=player, linewidth=2.2 if player == TRANSFORMER else 1.4)
-    axes.set(xlabel="episode in the same context", ylabel="mean return", title=title, ylim=(-0.02, 1.02), xlim=(0, len(mean) - 1))
+    axes.set(xlabel="episode in the same context", ylabel="mean return (goals an episode)", title=title)
+    axes.set(xlim=(0, len(mean) - 1), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.25)
-    axes.legend(loc="center right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(returns), frameon=False, fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     return True
@@ -147,8 +148,10 @@ def sparkline(r: np.ndarray) -> str:
     return "".join("▁▂▃▄▅▆▇█"[min(int(8 * m), 7)] for m in r.mean(0))
 
 
-def report(folder: Path, experiment: str, title: str, returns: dict[str, np.ndarray]) -> None:
+def report(folder: Path, experiment: str, recipe: dict, returns: dict[str, np.ndarray]) -> None:
     """Print the plot and the table of an experiment; write curve.csv and curve.png into `folder`."""
+    trials, (low, high) = len(next(iter(returns.values()))), recipe["sides"]
+    title = f"{trials} {experiment} lakes ({low}-{high} tiles a side, goals at least {recipe['min_hops']} hops away)"
     print(f"\n{title}\n\n{text_plot(returns)}\n\n{table(returns)}\n")
     folder.mkdir(parents=True, exist_ok=True)
     write_curve(folder / "curve.csv", experiment, returns)
@@ -204,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             watch(network, encoder, lakes[args.lake], context, settings["max_steps"], args.seed)
         else:
             returns = unseen(network, encoder, lakes, context, settings["max_steps"], args.seed)
-            report(args.out or args.run, "unseen", f"{count} unseen lakes, {args.run.name}", returns)
+            report(args.out or args.run, "unseen", settings, returns)
     except (ValueError, OSError) as error:
         parser.exit(2, f"eval.py: {explain(error)}\n")
     except KeyboardInterrupt:

@@ -231,20 +231,27 @@ class Training:
         fall = max(0.0, progress - r.decay_from) / max(1e-9, 1 - r.decay_from)
         return min(1.0, (self.step + 1) / r.warm_up) * (1 - (1 - r.final_rate) * fall)
 
-    def update(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step and one Polyak step; returns the row of log.csv. A loss that is not finite changes nothing."""
-        r = self.recipe
+    def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss (scalar), the Q-values of the actions taken and their targets (positions in the loss,).
+
+        Raises FloatingPointError if the loss is not finite.
+        """
         q = self.online(batch.tokens, batch.positions)  # (B, N, A)
         with torch.no_grad():
             q_delayed = self.delayed(batch.tokens, batch.positions)
-        targets = td_targets(q, q_delayed, r.reward_scale * batch.rewards, batch.discounts)  # (B, N)
+        targets = td_targets(q, q_delayed, self.recipe.reward_scale * batch.rewards, batch.discounts)  # (B, N)
         loss = td_loss(q, batch.actions, targets, batch.mask)
-        row = {"step": self.step + 1, "loss": loss.item(), "learning_rate": self.recipe.learning_rate * self.schedule()}
-        row["mean_q"] = q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask].mean().item()
-        row["mean_target"] = targets[batch.mask].mean().item()
-        if not math.isfinite(row["loss"]):
-            what = f"The loss is {row['loss']} at step {row['step']}"
+        if not torch.isfinite(loss):
+            what = f"The loss is {loss.item()} after {self.step} steps"
             raise FloatingPointError(f"{what}: lower the learning rates; the last checkpoint is kept.")
+        return loss, q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask], targets[batch.mask]
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step and one Polyak step; returns the row of log.csv."""
+        r = self.recipe
+        loss, q, targets = self.evaluate(batch)
+        row = {"step": self.step + 1, "loss": loss.item(), "mean_q": q.mean().item(), "mean_target": targets.mean().item()}
+        row["learning_rate"] = r.learning_rate * self.schedule()
         self.online.zero_grad()
         loss.backward()
         row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip or math.inf).item()
@@ -255,8 +262,11 @@ class Training:
         self.step += 1
         return row
 
-    def save(self, folder: Path) -> None:
-        """Write the state for --resume, as one file, and the network for use."""
+    @torch.no_grad()
+    def save(self, folder: Path, batch: Batch | None = None) -> None:
+        """Write the state for --resume, as one file, and the network for use, if its loss on `batch` is finite."""
+        if batch is not None:
+            self.evaluate(batch)
         tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
         tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
         for number, (optimizer, _) in enumerate(self.optimizers):
@@ -307,9 +317,10 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
     bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True)
     try:
         with bar, open_log(folder / "log.csv", training.step) as log:
-            stream = batches(recipe, encoder, training.step)
+            stream, batch = batches(recipe, encoder, training.step), None
             while training.step < recipe.steps and not stop:
-                row = training.update(next(stream).to(args.device))
+                batch = next(stream).to(args.device)
+                row = training.update(batch)
                 log.write(",".join(f"{row[name]:.6g}" for name in LOG) + "\n")
                 speed = (bar.format_dict["rate"] or 0) * recipe.batch * recipe.tokens
                 numbers = f"loss {row['loss']:.4f}, Q {row['mean_q']:.3f}, target {row['mean_target']:.3f}, {speed:,.0f} tokens/s"
@@ -320,8 +331,8 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
                     curve = sparkline(*look.values())
                     bar.write(f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {curve}")
                 if training.step % args.checkpoint_every == 0:
-                    training.save(folder)
-            training.save(folder)
+                    training.save(folder, batch)
+            training.save(folder, batch)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -390,6 +401,8 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
         network = new_network(recipe, encoder)
     check_context(encoder, recipe.tokens, recipe.max_steps)
     check_trials(args.trials, recipe.held_out)
+    for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
+        random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
     network.to(args.device)
     if args.minutes:
         recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
@@ -432,7 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
         lakes = held_out_lakes(args.trials, recipe.sides, recipe.min_hops)
         print(f"Playing {len(lakes)} lakes that training never saw ...")
         returns = unseen(training.online, encoder, lakes, recipe.tokens, recipe.max_steps)
-        report(folder, "unseen", f"{len(lakes)} unseen lakes after {training.step:,} steps", returns)
+        report(folder, "unseen", asdict(recipe), returns)
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"train.py: {explain(error)}\n")
 
