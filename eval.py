@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from frozen_lake import ACTIONS, MAX_STEPS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
+from frozen_lake import ACTIONS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
 from icrl import Encoder, QNetwork, explain, load_run, model_probability, play, replacing
 
 EPISODES = 30
@@ -50,18 +50,13 @@ def returns_of(played) -> np.ndarray:
     return np.array([[episode.total for episode in trial] for trial in played])
 
 
-def unseen(
-    network: QNetwork,
-    encoder: Encoder,
-    lakes: list[Lake],
-    context: int,
-    max_steps: int = MAX_STEPS,
-    seed: int = 0,
-    references: bool = True,
-) -> dict[str, np.ndarray]:
-    """Returns (trials, episodes) of the network, and of the reference players on the same lakes, by name."""
-    rng = np.random.default_rng(seed)
-    returns = {TRANSFORMER: returns_of(play(network, encoder, lakes, EPISODES, rng, context, max_steps=max_steps))}
+def unseen(network: QNetwork, encoder: Encoder, lakes: list[Lake], recipe: dict, seed: int = 0, references: bool = True) -> dict:
+    """Returns (trials, episodes) of the network, and of the reference players on the same lakes, by name.
+
+    Of the run's recipe it takes `tokens`, the limit of the context, and `max_steps`.
+    """
+    rng, max_steps = np.random.default_rng(seed), recipe["max_steps"]
+    returns = {TRANSFORMER: returns_of(play(network, encoder, lakes, EPISODES, rng, recipe["tokens"], max_steps=max_steps))}
     if references:
         env = FrozenLake(lakes, rng, max_steps=max_steps)
         for name, player in (
@@ -74,8 +69,6 @@ def unseen(
 
 
 # ------------------------------------------------------------------------------------------------------------- results
-
-
 def wilson(mean: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
     """95 % confidence interval of a share (Wilson 1927): the return of an episode is 0 or 1. Honest at 0 and at 1 too."""
     z = 1.96
@@ -162,14 +155,12 @@ def report(folder: Path, experiment: str, recipe: dict, returns: dict[str, np.nd
 
 
 # --------------------------------------------------------------------------------------------------------------- watch
-
-
-def watch(network: QNetwork, encoder: Encoder, lake: Lake, context: int, max_steps: int, seed: int) -> None:
+def watch(network: QNetwork, encoder: Encoder, lake: Lake, recipe: dict, seed: int) -> None:
     """Play one trial and print every step: the Q-values before it and the action, * where a coin and not the model chose."""
     seen: list[tuple] = []  # Q-values before each step, and whether the model chose
     rng = np.random.default_rng(seed)
     note = lambda episode, state, q, by_model, action: seen.append((q[0].copy(), by_model[0]))  # noqa: E731
-    (episodes,) = play(network, encoder, [lake], EPISODES, rng, context, max_steps=max_steps, watch=note)
+    (episodes,) = play(network, encoder, [lake], EPISODES, rng, recipe["tokens"], max_steps=recipe["max_steps"], watch=note)
     print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
     steps = iter(seen)
     for number, episode in enumerate(episodes):
@@ -184,8 +175,6 @@ def watch(network: QNetwork, encoder: Encoder, lake: Lake, context: int, max_ste
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Evaluate a run on lakes that its training never saw.")
     parser.add_argument("run", type=Path, help="the folder of a run")
@@ -198,16 +187,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for curve.csv and curve.png (default: the run's)")
     args = parser.parse_args(arguments)
     try:
-        network, encoder, settings = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")
-        held_out, context = settings["held_out"], args.context or settings["tokens"]
+        network, encoder, recipe = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+        recipe["tokens"] = args.context or recipe["tokens"]
         count = args.lake + 1 if args.watch else args.trials
-        check_trials(count, held_out)
-        lakes = held_out_lakes(count, tuple(settings["sides"]), settings["min_hops"])
+        check_trials(count, recipe["held_out"])
+        lakes = held_out_lakes(count, tuple(recipe["sides"]), recipe["min_hops"])
         if args.watch:
-            watch(network, encoder, lakes[args.lake], context, settings["max_steps"], args.seed)
+            watch(network, encoder, lakes[args.lake], recipe, args.seed)
         else:
-            returns = unseen(network, encoder, lakes, context, settings["max_steps"], args.seed)
-            report(args.out or args.run, "unseen", settings, returns)
+            report(args.out or args.run, "unseen", recipe, unseen(network, encoder, lakes, recipe, args.seed))
     except (ValueError, OSError) as error:
         parser.exit(2, f"eval.py: {explain(error)}\n")
     except KeyboardInterrupt:

@@ -28,8 +28,6 @@ MAX_STEPS = 100  # gymnasium's step limit for FrozenLake-v1
 
 
 # ------------------------------------------------------------------------------------------------------------- the map
-
-
 @dataclass(frozen=True)
 class Lake:
     """An immutable map: `rows` of equal length over S (start), F (frozen), H (hole), G (goal).
@@ -143,8 +141,6 @@ def _random_tiles(count: int, size: int, rng: np.random.Generator) -> np.ndarray
 
 
 # ----------------------------------------------------------------------------------------------------- the environment
-
-
 class FrozenLake:
     """N lakes stepped at once. Row i of every array is lake i.
 
@@ -205,8 +201,6 @@ class FrozenLake:
 
 
 # ----------------------------------------------------------------------------------------------- episodes and players
-
-
 @dataclass(frozen=True, eq=False)
 class Episode:
     """n steps on one lake: observations (n + 1,), actions (n,), rewards (n,); truncated if the step limit cut it off."""
@@ -269,14 +263,7 @@ class TabularQ:
     Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)), without the bootstrap at a hole or a goal.
     """
 
-    def __init__(
-        self,
-        env: FrozenLake,
-        rng: np.random.Generator,
-        greedy: Callable[[int], float],
-        gamma: float = 0.9,
-        rate: float = 0.5,
-    ):
+    def __init__(self, env: FrozenLake, rng: np.random.Generator, greedy: Callable[[int], float], gamma=0.9, rate=0.5):
         self.q = np.zeros(env.moves.shape)  # (N, S, A)
         self.rng, self.greedy, self.gamma, self.rate = rng, greedy, gamma, rate
         self.lake = np.arange(len(env))
@@ -342,8 +329,6 @@ class ShortestPath:
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
-
-
 def draw(lake: Lake, path: Sequence[int] = ()) -> str:
     """The lake as text, one row a line, the visited tiles in brackets and the last one of them in <>."""
     visited = set(path)

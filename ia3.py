@@ -21,7 +21,7 @@ PEFT_NAMES = {
     "value": "base_model.model.model.layers.{}.self_attn.v_proj.ia3_l",
     "feed_forward": "base_model.model.model.layers.{}.mlp.down_proj.ia3_l",
 }
-TARGET_MODULES, FEEDFORWARD_MODULES = {"k_proj", "v_proj", "down_proj"}, {"down_proj"}
+TARGET_MODULES, FEEDFORWARD_MODULES = ["down_proj", "k_proj", "v_proj"], ["down_proj"]
 
 
 class IA3(nn.Module):
@@ -54,20 +54,17 @@ class IA3(nn.Module):
             "peft_type": "IA3",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
-            "target_modules": sorted(TARGET_MODULES),
-            "feedforward_modules": sorted(FEEDFORWARD_MODULES),
+            "target_modules": TARGET_MODULES,
+            "feedforward_modules": FEEDFORWARD_MODULES,
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_ia3_weights": True,
             "modules_to_save": None,
         }
-        write = {
-            "adapter_config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n"),
-            "adapter_model.safetensors": lambda path: save_file(self.to_peft(), path, metadata={"format": "pt"}),
-        }
-        for name, writer in write.items():
-            writer(temporary := folder / f"{name}.tmp")
-            temporary.replace(folder / name)
+        save_file(self.to_peft(), folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+        (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / f"{name}.tmp").replace(folder / name)
 
     @classmethod
     def load(cls, folder: str | Path) -> "IA3":
@@ -81,11 +78,8 @@ class IA3(nn.Module):
         implemented = {"peft_type": "IA3", "target_modules": TARGET_MODULES, "feedforward_modules": FEEDFORWARD_MODULES}
         for key, ours in implemented.items():
             theirs = config.get(key) if isinstance(config, dict) else None
-            if (set(theirs) if isinstance(theirs, list) else theirs) != ours:
-                raise ValueError(
-                    f"{folder} holds an adapter with {key} = {theirs!r}: only {sorted(ours) if key != 'peft_type' else ours} "
-                    "is implemented."
-                )
+            if (sorted(theirs) if isinstance(theirs, list) else theirs) != ours:
+                raise ValueError(f"{folder} holds an adapter with {key} = {theirs!r}: only {ours} is implemented.")
         layers = len(tensors) // len(PEFT_NAMES)
         try:
             stacks = {

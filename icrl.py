@@ -35,9 +35,8 @@ from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake
 from ia3 import IA3
 from llama import KVCache, Llama, load_llama
 
+
 # ------------------------------------------------------------------------------------------------- transcript to tokens
-
-
 @dataclass(frozen=True)
 class Template:
     """How an episode is written. `{}` stands for the tile number, the action word or the reward."""
@@ -122,8 +121,6 @@ class Encoder:
 
 
 # ---------------------------------------------------------------------------------------------------- tokens to slices
-
-
 @dataclass
 class Batch:
     """Slices and what the loss needs of them; action positions are padded at the right to the longest row.
@@ -199,8 +196,6 @@ def draw_set(episodes: Sequence[Episode], rng: np.random.Generator, quality: str
 
 
 # --------------------------------------------------------------------------------------------------------- the network
-
-
 class QNetwork(nn.Module):
     """Q_theta(tau, a): a Llama, optionally with an adapter, of which only the logits of the action words are used."""
 
@@ -232,8 +227,6 @@ class QNetwork(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
-
-
 def td_targets(q_online: Tensor, q_delayed: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
     """y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))                           (equations 4 and 6)
 
@@ -262,8 +255,6 @@ def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- playing
-
-
 def model_probability(episode: int) -> float:
     """The chance that the model and not a coin chooses an action: 0, 0, 0.1, 0.1, ... 0.9, 0.9, then 1 (section 4.2)."""
     return min(episode // 2 / 10, 1.0)
@@ -384,8 +375,6 @@ def _recent_messages(encoder: Encoder, played: list[Episode], running: Episode, 
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
-
-
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write to the yielded temporary name; when all went well it becomes `path` in one step, so no file is ever half there."""

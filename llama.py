@@ -95,8 +95,6 @@ class LlamaConfig:
 
 
 # --------------------------------------------------------------------------------------------- rotary position embedding
-
-
 def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
     """Radians a token by which each pair of a head's dimensions turns, (hd / 2,) float32 (Su et al. 2021, section 3.2.2).
 
@@ -123,8 +121,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- KV cache
-
-
 class KVCache:
     """Keys and values of every past token, preallocated; row b holds lengths[b] tokens.
 
@@ -168,8 +164,6 @@ class KVCache:
 
 
 # ----------------------------------------------------------------------------------------------------------- the network
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in float32 (Zhang and Sennrich 2019)."""
 

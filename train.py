@@ -141,8 +141,6 @@ OF_THE_METHOD = "adapter learning_rate muon_rate warm_up decay_from clip".split(
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-
-
 def collect(recipe: Recipe, number: int, encoder: Encoder, held_out: set) -> Iterator[Batch]:
     """The batches of one collection: new lakes, Q-learning's episodes on them, shuffled into sets and cut into slices.
 
@@ -174,8 +172,6 @@ def batches(recipe: Recipe, encoder: Encoder, start: int) -> Iterator[Batch]:
 
 
 # ------------------------------------------------------------------------------------------------------------- network
-
-
 def new_network(recipe: Recipe, encoder: Encoder) -> QNetwork:
     """The embedded model: a small Llama with random weights, normal with deviation 0.02, less into the residual stream."""
     head_dim = recipe.width // recipe.heads
@@ -210,8 +206,6 @@ def based_network(recipe: Recipe) -> tuple[QNetwork, Encoder]:
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-
-
 class Training:
     """What changes while training: the online and the delayed network, the optimizers, and the number of steps done."""
 
@@ -327,8 +321,7 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 if training.step % args.look_every == 0 and training.step < recipe.steps:
-                    look = unseen(training.online, encoder, lakes, recipe.tokens, recipe.max_steps, references=False)
-                    curve = sparkline(*look.values())
+                    curve = sparkline(*unseen(training.online, encoder, lakes, asdict(recipe), references=False).values())
                     bar.write(f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {curve}")
                 if training.step % args.checkpoint_every == 0:
                     training.save(folder, batch)
@@ -340,8 +333,6 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-
-
 def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description="Train a transformer to reinforcement-learn in its context.")
     parser.add_argument("--out", type=Path, help="folder of the run (default: the next free runs/NUMBER)")
@@ -444,8 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(130)
         lakes = held_out_lakes(args.trials, recipe.sides, recipe.min_hops)
         print(f"Playing {len(lakes)} lakes that training never saw ...")
-        returns = unseen(training.online, encoder, lakes, recipe.tokens, recipe.max_steps)
-        report(folder, "unseen", asdict(recipe), returns)
+        report(folder, "unseen", asdict(recipe), unseen(training.online, encoder, lakes, asdict(recipe)))
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"train.py: {explain(error)}\n")
 
