@@ -50,21 +50,19 @@ def returns_of(played) -> np.ndarray:
     return np.array([[episode.total for episode in trial] for trial in played])
 
 
-def unseen(network: QNetwork, encoder: Encoder, lakes: list[Lake], recipe: dict, seed: int = 0, references: bool = True) -> dict:
+def unseen(network: QNetwork, encoder: Encoder, lakes: list[Lake], recipe: dict, seed: int = 0, with_references=True) -> dict:
     """Returns (trials, episodes) of the network, and of the reference players on the same lakes, by name.
 
     Of the run's recipe it takes `tokens`, the limit of the context, and `max_steps`.
     """
     rng, max_steps = np.random.default_rng(seed), recipe["max_steps"]
     returns = {TRANSFORMER: returns_of(play(network, encoder, lakes, EPISODES, rng, recipe["tokens"], max_steps=max_steps))}
-    if references:
+    tabular = lambda env, rng: TabularQ(env, rng, model_probability)  # noqa: E731
+    references = {"systematic explorer": Explorer, "tabular Q-learning": tabular, "uniform random": RandomPlayer}
+    for name, player in references.items() if with_references else ():
+        rng = np.random.default_rng(seed)  # its own, so that its curve does not depend on the network's games
         env = FrozenLake(lakes, rng, max_steps=max_steps)
-        for name, player in (
-            ("systematic explorer", Explorer(env, rng)),
-            ("tabular Q-learning", TabularQ(env, rng, model_probability)),
-            ("uniform random", RandomPlayer(env, rng)),
-        ):
-            returns[name] = returns_of(roll_out(env, player, EPISODES))
+        returns[name] = returns_of(roll_out(env, player(env, rng), EPISODES))
     return returns
 
 
@@ -100,13 +98,14 @@ def plot_curve(path: Path, title: str, returns: dict[str, np.ndarray]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    axes = (figure := Figure(figsize=(7, 4.2), layout="constrained")).subplots()
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for player, r in returns.items():
         mean, (colour, _) = r.mean(0), PLAYERS[player]
         axes.fill_between(range(len(mean)), *wilson(mean, len(r)), color=colour, alpha=0.15, linewidth=0)
         axes.plot(mean, color=colour, label=player, linewidth=2.2 if player == TRANSFORMER else 1.4)
     axes.set(xlabel="episode in the same context", ylabel="mean return (goals an episode)", title=title)
-    axes.set(xlim=(0, len(mean) - 1), ylim=(-0.02, 1.02))
+    axes.set(xlim=(0, EPISODES - 1), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=len(returns), frameon=False, fontsize="small")
     with replacing(path) as temporary:

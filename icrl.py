@@ -10,7 +10,7 @@ What is here, in the order in which data flows
     save_network, load_run  a run's folder
 
 Departures from the paper: the argmax is over the action words, not the whole vocabulary; COMPACT_TEMPLATE leaves out the role
-headers, for the small embedded model; an action is left out of the loss when its slice ends before its target can be read.
+headers, for the small embedded model; the last action of a slice is left out of the loss, unless its episode ends with it.
 
 Shapes: B batch, T tokens, N action positions, A actions; N is also the number of trials that `play` plays side by side.
 """
@@ -127,7 +127,7 @@ class Batch:
 
     tokens (B, T) int64. positions (B, N) int64: where the Q-values of an action are read. actions (B, N) int64. rewards
     (B, N): r_{t+1}. discounts (B, N): what the value of the next action position counts, 0 at an episode's end. mask (B, N)
-    bool: False for padding, and for the last action of a slice that ends before its target can be read.
+    bool: False for padding, and for a slice's last position, whose target would need the next one, unless its episode ends.
     """
 
     tokens: Tensor
@@ -165,10 +165,9 @@ def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, g
     ends = np.cumsum(encoder.lengths[messages])
     is_action = (messages >= ACTION) & (messages < OBSERVATION)
     positions = ends[is_action] - encoder.lengths[messages[is_action]] - 1  # the token before the action word
-    kept = int((positions < length - 1).sum())  # the action word is inside of the slice
+    kept = int((positions < length).sum())
     mask = np.ones(kept, bool)
-    if kept:  # the last target needs the next position, unless nothing follows
-        mask[-1] = discounts[kept - 1] == 0 or (kept < len(positions) and positions[kept] < length)
+    mask[-1] = discounts[kept - 1] == 0  # the last position only gives the one before it its next value, unless none follows
     tokens = encoder.join(messages[None])[0][:, :length]
     actions = messages[is_action] - ACTION
     arrays = (tokens, *(x[None, :kept] for x in (positions, actions, rewards, discounts, mask)))
@@ -211,7 +210,7 @@ class QNetwork(nn.Module):
         """Q-values (B, N, A), float32, at the given positions (B, N) of tokens (B, T)."""
         hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
         hidden = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))  # (B, N, D)
-        return F.linear(hidden, self.llama.vocabulary[self.action_tokens]).float()
+        return F.linear(hidden.float(), self.llama.vocabulary[self.action_tokens].float())
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer changes: the adapter's vectors, or without an adapter every weight."""
@@ -251,7 +250,8 @@ def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor) ->
 @torch.no_grad()
 def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float) -> None:
     """phi <- alpha * theta + (1 - alpha) * phi                                                                (equation 8)"""
-    torch._foreach_lerp_(list(delayed.trained().values()), list(online.trained().values()), alpha)
+    for slow, fast in zip(delayed.trained().values(), online.trained().values()):
+        slow.lerp_(fast, alpha)
 
 
 # ------------------------------------------------------------------------------------------------------------- playing

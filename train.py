@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from eval import check_trials, held_out_lakes, report, sparkline, unseen
+from eval import TRANSFORMER, check_trials, held_out_lakes, report, sparkline, unseen
 from frozen_lake import MAX_STEPS, FrozenLake, TabularQ, random_lakes, roll_out
 from ia3 import IA3
 from icrl import (
@@ -321,7 +321,8 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 if training.step % args.look_every == 0 and training.step < recipe.steps:
-                    curve = sparkline(*unseen(training.online, encoder, lakes, asdict(recipe), references=False).values())
+                    look = unseen(training.online, encoder, lakes, asdict(recipe), with_references=False)
+                    curve = sparkline(look[TRANSFORMER])
                     bar.write(f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {curve}")
                 if training.step % args.checkpoint_every == 0:
                     training.save(folder, batch)

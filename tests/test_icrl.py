@@ -139,9 +139,11 @@ def test_a_slice_has_exactly_T_tokens_and_decodes_to_legal_transitions(seed, len
     positions = batch.positions[0].tolist()
     assert positions == sorted(set(positions))
     assert all(words[p].isdigit() for p in positions)  # Q is read at a tile ...
-    assert [words[p + 1] for p in positions] == [ACTIONS[a] for a in batch.actions[0]]  # ... right before its action
-    assert len(positions) == sum(word in ACTIONS for word in words)
+    inside = [p for p in positions if p + 1 < length]
+    assert [words[p + 1] for p in inside] == [ACTIONS[a] for a in batch.actions[0, : len(inside)]]  # ... before its action
+    assert len(inside) == sum(word in ACTIONS for word in words)
     assert batch.mask[0, :-1].all()
+    assert batch.mask[0, -1] == (batch.discounts[0, -1] == 0)  # no target without the position that it bootstraps from
 
     episodes = " ".join(words).split("<|end_of_text|>")
     owner = 0
@@ -183,7 +185,7 @@ def test_rewards_and_discounts_of_a_slice_are_those_of_its_episodes():
 def test_a_slice_cut_before_the_next_tile_leaves_its_last_action_out():
     """Without the next action position in the slice there is no target, except at an episode's end."""
     e = episode([0, 1, 2], [2, 2], paid=1.0)  # 0 right 1 right 2 1.0 <|end_of_text|>
-    for length, masks in ((1, []), (2, [False]), (3, [True]), (4, [True, True]), (5, [True, True])):
+    for length, masks in ((1, [False]), (2, [False]), (3, [True, True]), (4, [True, True]), (5, [True, True])):
         batch = encode_slice(ENCODER, iter([[e]]), length, gamma=0.9)
         assert batch.mask[0].tolist() == masks, length
 
@@ -200,6 +202,19 @@ def test_collate_pads_what_the_loss_ignores():
     assert batch.tokens.shape == (2, 100)
     assert batch.mask[1].sum() == slices[1].mask.sum()
     assert torch.equal(batch.actions[0, : slices[0].actions.shape[1]], slices[0].actions[0])
+
+
+def test_targets_of_a_real_batch_are_those_of_its_rewards():
+    """With Q = 0 everywhere y = r; with Q = 1 everywhere y = r + gamma, or r alone at the end of an episode."""
+    _, played = played_lakes(4)
+    rng = np.random.default_rng(0)
+    sets = (draw_set(played[i % 4], rng) for i in itertools.count())
+    batch = collate([encode_slice(ENCODER, sets, length, 0.9) for length in [101] * 20])
+    for value in (0.0, 1.0):
+        q = torch.full((*batch.positions.shape, 4), value)
+        y = td_targets(q, q, batch.rewards, batch.discounts)[batch.mask]
+        expected = batch.rewards + value * torch.where(batch.discounts > 0, 0.9, 0.0)
+        torch.testing.assert_close(y, expected[batch.mask])
 
 
 def test_sets_have_20_to_40_episodes_of_one_lake():
