@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from frozen_lake import ACTIONS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
-from icrl import Encoder, QNetwork, explain, load_run, model_probability, play, replacing
+from ia3 import replacing
+from icrl import Encoder, QNetwork, explain, load_run, model_probability, play
 
 EPISODES = 30
 TEST_SEED = 2501_14176  # of the lakes set aside for tests; training leaves them out
@@ -75,21 +76,14 @@ def wilson(mean: np.ndarray, trials: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
-def curve_rows(experiment: str, returns: dict[str, np.ndarray]) -> list[tuple]:
-    """The rows below HEADER: for each player and episode the mean return over trials and its interval."""
-    rows = []
-    for player, r in returns.items():
-        mean = r.mean(0)
-        for episode, (m, low, high) in enumerate(zip(mean, *wilson(mean, len(r)))):
-            rows.append((experiment, player, episode, f"{m:.4f}", f"{low:.4f}", f"{high:.4f}", len(r)))
-    return rows
-
-
 def write_curve(path: Path, experiment: str, returns: dict[str, np.ndarray]) -> None:
+    """The CSV contract: for each player and episode the mean return over trials and its interval."""
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
-        writer.writerows(curve_rows(experiment, returns))
+        for player, r in returns.items():
+            for episode, values in enumerate(zip(r.mean(0), *wilson(r.mean(0), len(r)))):
+                writer.writerow((experiment, player, episode, *(f"{v:.4f}" for v in values), len(r)))
 
 
 def plot_curve(path: Path, title: str, returns: dict[str, np.ndarray]) -> bool:
@@ -183,7 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=200, help="held-out lakes to play (default: %(default)s)")
     parser.add_argument("--context", type=int, help="tokens of context (default: the run's slice length)")
     parser.add_argument("--seed", type=int, default=0, help="of starts and coin tosses (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for curve.csv and curve.png (default: the run's)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for curve.csv and curve.png (default: the run's, whose own curve is then replaced)"
+    )
     args = parser.parse_args(arguments)
     try:
         network, encoder, recipe = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ What is here
     Episode, roll_out       what a player leaves behind, and the one loop in which every player plays
     RandomPlayer, TabularQ, Explorer, ShortestPath
                             TabularQ makes the training data (the paper's "traditional RL algorithm"); on a test lake
-                            the four are the measure of what a transformer learns in its context
+                            they are the measure of what a transformer learns in its context, from below and from above
     draw                    a lake and a path on it, as text
 
 Part of the paper: section 4.1 (environment, data). Departures: the paper does not name its data-making algorithm, we take
@@ -232,7 +232,9 @@ def roll_out(env: FrozenLake, player, episodes: int) -> list[list[Episode]]:
             action = player.act(state, episode)
             successor, reward, terminated, truncated = env.step(action)
             player.learn(state, action, reward, successor, terminated, playing)
-            states.append(successor), actions.append(action), rewards.append(reward)
+            states.append(successor)
+            actions.append(action)
+            rewards.append(reward)
             length += playing
             cut |= playing & truncated
             playing = playing & ~terminated & ~truncated

@@ -8,6 +8,9 @@ delayed network. Files are PEFT's own (adapter_config.json, adapter_model.safete
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +25,20 @@ PEFT_NAMES = {
     "feed_forward": "base_model.model.model.layers.{}.mlp.down_proj.ia3_l",
 }
 TARGET_MODULES, FEEDFORWARD_MODULES = ["down_proj", "k_proj", "v_proj"], ["down_proj"]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write to the yielded temporary name; when all went well it becomes `path` in one step, so no file is ever half there."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class IA3(nn.Module):
@@ -56,15 +73,12 @@ class IA3(nn.Module):
             "base_model_name_or_path": base,
             "target_modules": TARGET_MODULES,
             "feedforward_modules": FEEDFORWARD_MODULES,
-            "fan_in_fan_out": False,
             "inference_mode": True,
-            "init_ia3_weights": True,
-            "modules_to_save": None,
         }
-        save_file(self.to_peft(), folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-        (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / f"{name}.tmp").replace(folder / name)
+        with replacing(folder / "adapter_model.safetensors") as temporary:
+            save_file(self.to_peft(), temporary, metadata={"format": "pt"})
+        with replacing(folder / "adapter_config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "IA3":

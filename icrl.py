@@ -18,9 +18,7 @@ Shapes: B batch, T tokens, N action positions, A actions; N is also the number o
 import copy
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake
-from ia3 import IA3
+from ia3 import IA3, replacing
 from llama import KVCache, Llama, load_llama
 
 
@@ -50,7 +48,7 @@ class Template:
     end: str
 
 
-LLAMA_TEMPLATE = Template(  # the paper's (its notebook); about ten tokens a step
+LLAMA_TEMPLATE = Template(  # the paper's (its notebook), about ten tokens a step; train.py's small model takes the next one
     begin="<|begin_of_text|>",
     observation="<|start_header_id|>observation<|end_header_id|>{}<|eot_id|>",
     prompt="<|start_header_id|>action<|end_header_id|>",
@@ -60,7 +58,7 @@ LLAMA_TEMPLATE = Template(  # the paper's (its notebook); about ten tokens a ste
     end="<|end_of_text|>",
 )
 COMPACT_TEMPLATE = Template("", "{} ", "", "{} ", "{} ", "... ", "<|end_of_text|> ")  # two tokens a step
-MAX_TILES = 100
+MAX_TILES = 100  # a lake has at most 10 x 10
 
 
 def compact_tokenizer() -> Tokenizer:
@@ -375,24 +373,12 @@ def _recent_messages(encoder: Encoder, played: list[Episode], running: Episode, 
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Write to the yielded temporary name; when all went well it becomes `path` in one step, so no file is ever half there."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def explain(error: Exception) -> str:
     """The sentence that a program ends with when a user's input or disk stopped it."""
     if isinstance(error, OSError):
-        return f"{error.filename} cannot be read or written ({error.strerror}): choose another place, or free this one."
+        return (
+            f"{error.filename or 'A file'} cannot be read or written ({error.strerror}): choose another place, or free this one."
+        )
     return str(error)
 
 
@@ -409,12 +395,16 @@ def load_run(folder: str | Path, device: str = "cpu") -> tuple[QNetwork, Encoder
     folder = Path(folder)
     try:
         recipe = json.loads((folder / "config.json").read_text())["icrl"]
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        adapted, base = recipe["adapter"] == "ia3", recipe["model"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is no run of train.py: its config.json with the recipe is missing or foreign.") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # what the tokenizers library raises has no class of its own
         raise ValueError(f"{folder / 'tokenizer.json'} is missing or damaged: {error}.") from error
     encoder = Encoder(tokenizer, COMPACT_TEMPLATE)
-    adapter = IA3.load(folder) if recipe["adapter"] == "ia3" else None
-    llama = load_llama(recipe["model"] if adapter else folder, device=device)
-    return QNetwork(llama, encoder.action_tokens, adapter).to(device), encoder, recipe
+    if adapted:
+        network = QNetwork(load_llama(base), encoder.action_tokens, IA3.load(folder))
+    else:  # a copy in memory of its own, since the file's memory map is aligned differently, which can change the last bits
+        network = QNetwork(copy.deepcopy(load_llama(folder)), encoder.action_tokens)
+    return network.to(device), encoder, recipe

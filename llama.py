@@ -32,7 +32,7 @@ LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Field names are the keys of a Hugging Face config.json; the defaults are Llama 3.1 8B's."""
+    """Field names are the keys of a Hugging Face config.json; the defaults are Llama 3.1 8B's, but for its RoPE scaling."""
 
     vocab_size: int = 128_256
     hidden_size: int = 4096  # D
@@ -134,12 +134,14 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.used = 0  # slots that any row uses, the present chunk's padding included
 
     def positions(self, chunk: int) -> Tensor:
         """The positions (B, T) that the next chunk of T tokens will take. Raises ValueError if it does not fit."""
         positions = self.lengths[:, None] + torch.arange(chunk, device=self.lengths.device)
-        if (last := int(positions.max())) >= self.keys.shape[3]:
-            raise ValueError(f"The cache holds {self.keys.shape[3]} tokens a row, but position {last} was fed to it.")
+        self.used = int(positions.max()) + 1
+        if self.used > self.keys.shape[3]:
+            raise ValueError(f"The cache holds {self.keys.shape[3]} tokens a row, but position {self.used - 1} was fed to it.")
         return positions
 
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +149,7 @@ class KVCache:
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        used = int(positions.max()) + 1
-        return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
+        return self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
 
     def advance(self, counts: Tensor) -> None:
         """Count the first counts[b] tokens of row b's last chunk as seen; counts (B,)."""
@@ -268,7 +269,7 @@ class Llama(nn.Module):
             positions, mask = torch.arange(tokens.shape[1], device=x.device)[None], None  # plain causal attention
         else:
             positions = cache.positions(tokens.shape[1])  # (B, T)
-            slots = torch.arange(int(positions.max()) + 1, device=x.device)
+            slots = torch.arange(cache.used, device=x.device)
             mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S'): a token sees its row up to itself
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B or 1, 1, T, hd / 2) float32
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -280,7 +281,7 @@ class Llama(nn.Module):
 def load_llama(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
     """The Llama of a checkpoint folder. Raises ValueError, in one sentence, if the folder holds no whole one.
 
-    Built on the meta device, so that the weights exist once: as they come from the file.
+    Built on the meta device, so that the weights exist once, as they come from the file, if `dtype` is the file's.
     """
     folder = Path(folder)
     path = folder / "model.safetensors"

@@ -6,8 +6,8 @@
     python train.py --resume RUN                    go on exactly where RUN was stopped
 
 Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
-weight is trained, its lakes are new for each collection instead of 250 (so few it would memorise), easy lakes come first, and
-the learning rate falls at the end; Recipe has both settings side by side.
+weight is trained, by Muon and AdamW, at a rate that falls at the end; its lakes are new for each collection instead of 250 (so
+few it would memorise), with goals 2 hops away instead of 4, and easier at first. Recipe has both settings side by side.
 
 A run is a folder: config.json (the network's shape and the recipe), tokenizer.json, model.safetensors or PEFT's adapter files,
 state.safetensors (all that --resume needs), log.csv, curve.csv, curve.png.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from eval import TRANSFORMER, check_trials, held_out_lakes, report, sparkline, unseen
 from frozen_lake import MAX_STEPS, FrozenLake, TabularQ, random_lakes, roll_out
-from ia3 import IA3
+from ia3 import IA3, replacing
 from icrl import (
     COMPACT_TEMPLATE,
     QUALITY,
@@ -49,7 +49,6 @@ from icrl import (
     explain,
     load_run,
     polyak_update,
-    replacing,
     save_network,
     td_loss,
     td_targets,
@@ -68,7 +67,7 @@ class Recipe:
 
     # the network
     model: str = setting("", "folder of a run whose network is the base (default: a new one with random weights)")
-    adapter: str = setting("none", "ia3: train IA3 vectors on a frozen base; none: train every weight")
+    adapter: str = setting("none", "ia3, as with --model: train IA3 vectors on a frozen base; none: every weight")
     layers: int = setting(4, "decoder layers of a new network")
     width: int = setting(64, "model dimension of a new network")
     heads: int = setting(2, "attention heads of a new network")
@@ -113,6 +112,9 @@ class Recipe:
         for name in "gamma gamma_episode alpha easy_until explore greedy decay_from final_rate".split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
+        for name in "clip learning_rate muon_rate weight_decay reward_scale seed".split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} has to be at least 0, but it is {getattr(self, name)}.")
         if self.quality not in QUALITY or self.adapter not in ("none", "ia3"):
             raise ValueError(f"--quality is high, mid or low and --adapter none or ia3, not {self.quality} and {self.adapter}.")
         if self.adapter == "ia3" and not self.model:
@@ -120,7 +122,7 @@ class Recipe:
 
 
 EMBEDDED = Recipe()
-PAPER = Recipe(
+PAPER = Recipe(  # an IA3 run on a small base takes its optimiser from here
     adapter="ia3",
     min_hops=4,
     easy_until=0.0,
@@ -346,7 +348,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     defaults = "defaults of the embedded model; an IA3 run takes its base's, and the paper's optimiser"
     settings = parser.add_argument_group("recipe", defaults)
     for f in fields(Recipe):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + f" (default: {f.default})"
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + (f" (default: {f.default})" if f.default != "" else "")
         if isinstance(f.default, tuple):
             settings.add_argument(flag, type=int, nargs=2, metavar=("FEWEST", "MOST"), help=text)
         else:
@@ -354,12 +356,28 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     return parser, parser.parse_args(arguments)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that mean nothing, alone or together."""
+    if min(args.look_every, args.checkpoint_every) < 1:
+        raise ValueError("--look-every and --checkpoint-every have to be at least 1.")
+    if args.minutes is not None and (not 0 < args.minutes < math.inf or args.steps):
+        raise ValueError(f"--minutes {args.minutes} has to be more than 0, and without --steps, which it sets.")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"PyTorch has no device {args.device!r} here: try --device cpu.") from error
+
+
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the flags ask for."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = EMBEDDED
-    if args.model:  # an IA3 run, unless it says otherwise
+    if args.model:  # an IA3 run, unless it says otherwise; on its base's lakes, so that its test lakes are new to the base too
+        if changed := [name for name in "layers width heads feed_forward sides min_hops held_out".split() if name in given]:
+            raise ValueError(
+                f"A run on --model has its network's shape and its lakes: leave out --{changed[0].replace('_', '-')}."
+            )
         given |= {"model": str(Path(args.model).resolve()), "adapter": args.adapter or "ia3"}
         recipe = Recipe(**load_run(args.model)[2])
         if given["adapter"] == "ia3":
@@ -395,18 +413,18 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     check_trials(args.trials, recipe.held_out)
     for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
         random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
-    network.to(args.device)
-    if args.minutes:
-        recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
     folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}.")
+    network.to(args.device)
+    if args.minutes is not None:
+        recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
+    training = Training(recipe, network)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "tokenizer.json") as temporary:
         encoder.tokenizer.save(str(temporary))
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(network.llama.config.to_dict() | {"icrl": asdict(recipe)}, indent=2) + "\n")
-    training = Training(recipe, network)
     training.save(folder)
     return folder, training, encoder
 
@@ -425,6 +443,7 @@ def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
 def main(arguments: list[str] | None = None) -> None:
     parser, args = parse(arguments)
     try:
+        check_flags(args)
         folder, training, encoder = resume(args) if args.resume else begin(args)
         recipe = training.recipe
         count = sum(p.numel() for p in training.online.trained().values())
@@ -437,8 +456,10 @@ def main(arguments: list[str] | None = None) -> None:
         lakes = held_out_lakes(args.trials, recipe.sides, recipe.min_hops)
         print(f"Playing {len(lakes)} lakes that training never saw ...")
         report(folder, "unseen", asdict(recipe), unseen(training.online, encoder, lakes, asdict(recipe)))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         parser.exit(2, f"train.py: {explain(error)}\n")
+    except KeyboardInterrupt:  # before or after the training itself, which saves first
+        sys.exit(130)
 
 
 if __name__ == "__main__":

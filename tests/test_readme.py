@@ -26,11 +26,14 @@ def test_the_files_of_the_tree_exist():
     assert all((ROOT / name).exists() for name in names)
 
 
-@pytest.mark.parametrize("row", re.findall(r"^\| .*\(results/(\w+)/curve\.csv\) \| ([\d.]+) \| ([\d.]+) \|", README, re.M))
-def test_the_table_quotes_the_shipped_curves(row):
+TABLE = re.findall(r"^\| .*\(results/(\w+)/curve\.csv\) \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+
+
+def test_the_table_quotes_the_shipped_curves():
     """Mean returns of episode 0 and of episodes 25 to 29, as rounded there."""
-    name, first, last = row
-    with open(ROOT / "results" / name / "curve.csv") as file:
-        curve = [float(r["mean_return"]) for r in csv.DictReader(file) if r["player"] == "transformer in context"]
-    assert float(first) == pytest.approx(curve[0], abs=0.0051)
-    assert float(last) == pytest.approx(sum(curve[25:30]) / 5, abs=0.0051)
+    assert len(TABLE) >= 3
+    for name, first, last in TABLE:
+        with open(ROOT / "results" / name / "curve.csv") as file:
+            curve = [float(r["mean_return"]) for r in csv.DictReader(file) if r["player"] == "transformer in context"]
+        assert float(first) == pytest.approx(curve[0], abs=0.0051)
+        assert float(last) == pytest.approx(sum(curve[25:30]) / 5, abs=0.00051)

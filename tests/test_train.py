@@ -29,13 +29,15 @@ SMALL = """--layers 1 --width 16 --heads 2 --feed-forward 24 --lakes 24 --episod
 SMALL = SMALL.split()
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # equal to the last bit on one CPU set-up
+
+
 def command(program: str, *arguments) -> list[str]:
     return [sys.executable, str(ROOT / program), *map(str, arguments)]
 
 
 def run(program: str, *arguments, cwd=None) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(program, *arguments), capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    return subprocess.run(command(program, *arguments), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd, timeout=300)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +72,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_training_moves_every_weight_and_the_loss_falls():
-    """Ten times as many steps as the small run: the TD loss ends below where it began, and the delayed network has followed."""
+    """In two hundred steps: the TD loss ends below where it began, and the delayed network has followed."""
     recipe = train.Recipe(
         layers=1, width=32, heads=2, feed_forward=64, lakes=40, episodes=40, collection_steps=20, tokens=96, max_steps=20,
         batch=8, steps=200, sides=(3, 3), min_hops=2, easy_until=0.0, held_out=10, learning_rate=3e-3,
@@ -116,7 +118,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, seed):
             command("train.py", *arguments),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
         )
         target = chance.randrange(1, 20)  # kill soon after so many rows of the log
         while process.poll() is None:
@@ -148,6 +150,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env=ENVIRONMENT,
     )
     while not (folder / "log.csv").exists() or len((folder / "log.csv").read_text().splitlines()) < 4:
         assert process.poll() is None
@@ -217,12 +220,36 @@ def test_ia3_on_a_saved_run_trains_the_vectors_alone(finished, tmp_path):
     theirs = load_file(finished / "model.safetensors")
     assert all(torch.equal(p, theirs[name]) for name, p in network.llama.state_dict().items())
     assert run("eval.py", folder, "unseen", "--trials", 5).returncode == 0
+    vectors, state = load_file(folder / "adapter_model.safetensors"), load_file(folder / "state.safetensors")
+    assert run("train.py", "--resume", folder, "--trials", 5).returncode == 0  # nothing is left to do, and nothing changes
+    assert all(torch.equal(load_file(folder / "state.safetensors")[name], tensor) for name, tensor in state.items())
+    assert all(torch.equal(load_file(folder / "adapter_model.safetensors")[name], tensor) for name, tensor in vectors.items())
+
+
+def test_a_base_can_be_trained_on_with_all_its_weights(finished, tmp_path):
+    """--model RUN --adapter none goes on from the base's weights in a run of its own, the next free number under runs/."""
+    done = run("train.py", "--model", finished, "--adapter", "none", "--steps", 2, "--trials", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "runs" / "1", finished))
+    distance = sum((ours[name] - theirs[name]).square().sum() for name in ours) / sum(t.square().sum() for t in theirs.values())
+    assert 0 < distance < 0.1  # two steps away from the base, not from new weights
+    assert run("train.py", *SMALL, "--steps", 1, "--trials", 1, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "runs" / "2" / "curve.csv").exists()
+
+
+def test_without_matplotlib_everything_but_the_picture_is_there(finished, tmp_path, monkeypatch, capsys):
+    """One line says how to get it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    evaluation.report(tmp_path, "unseen", {"sides": (3, 4), "min_hops": 3}, {"uniform random": np.eye(30)})
+    assert {p.name for p in tmp_path.iterdir()} == {"curve.csv"}
+    assert "pip install matplotlib" in capsys.readouterr().out
 
 
 def test_quality_and_minutes_are_settings_of_the_recipe(tmp_path):
     """--minutes sets the steps by a rehearsal; --quality is kept in the run's config.json."""
     folder = tmp_path / "timed"
-    done = run("train.py", *SMALL, "--minutes", 0.02, "--quality", "high", "--out", folder)
+    flags = [f for f, before in zip(SMALL, ["", *SMALL]) if "--steps" not in (f, before)]
+    done = run("train.py", *flags, "--minutes", 0.02, "--quality", "high", "--out", folder)
     assert done.returncode == 0, done.stderr
     recipe = json.loads((folder / "config.json").read_text())["icrl"]
     assert recipe["quality"] == "high"
@@ -268,6 +295,11 @@ def test_bad_input_ends_with_one_sentence(finished, tmp_path):
     refused(run("train.py", *SMALL, "--trials", 21, *new), "20 lakes aside")
     refused(run("train.py", "--adapter", "ia3", *new), "--model")
     refused(run("train.py", "--resume", finished, "--steps", 5), "leave out --steps")
+    refused(run("train.py", "--model", finished, "--width", 8, *new), "leave out --width")
+    refused(run("train.py", *SMALL, "--look-every", 0, *new), "--look-every")
+    refused(run("train.py", *SMALL, "--minutes", 1, *new), "without --steps")
+    refused(run("train.py", *SMALL, "--clip", -1, *new), "--clip has to be at least 0")
+    refused(run("train.py", *SMALL, "--device", "cuda", *new), "no device 'cuda'")
     assert not (tmp_path / "new").exists()  # a refused run leaves nothing behind
     refused(run("train.py", *SMALL, "--out", finished), "is not empty")
     refused(run("eval.py", finished, "--trials", 21), "20 lakes aside")
