@@ -18,10 +18,10 @@ import torch
 
 from frozen_lake import ACTIONS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
 from ia3 import replacing
-from icrl import Encoder, QNetwork, explain, load_run, model_probability, play
+from icrl import Encoder, InContext, QNetwork, explain, load_run, model_probability
 
 EPISODES = 30
-TEST_SEED = 2501_14176  # of the lakes set aside for tests; training leaves them out
+TEST_SEED = 2501_14176
 HEADER = ("experiment", "player", "episode", "mean_return", "ci_low", "ci_high", "trials")
 TRANSFORMER = "transformer in context"
 # one colour and one letter for each player, everywhere; the colours are Okabe and Ito's, for colour-blind readers
@@ -33,17 +33,11 @@ PLAYERS = {
 }
 
 
-def held_out_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[Lake]:
-    """The first `count` test lakes of a distribution, the same ones every time."""
-    return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops)
-
-
-def check_trials(count: int, held_out: int) -> None:
-    """Raises ValueError if a run has not so many test lakes."""
-    if not 1 <= count <= held_out:
-        raise ValueError(
-            f"This run set {held_out} lakes aside for tests, so {count} trials cannot be had: ask for 1 to {held_out}."
-        )
+def test_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[Lake]:
+    """The first `count` test lakes of a distribution, the same ones every time. Raises ValueError if `count` is below 1."""
+    if count < 1:
+        raise ValueError(f"An evaluation needs at least one trial, but {count} were asked for.")
+    return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops, test=True)
 
 
 def returns_of(played) -> np.ndarray:
@@ -56,14 +50,17 @@ def unseen(network: QNetwork, encoder: Encoder, lakes: list[Lake], recipe: dict,
 
     Of the run's recipe it takes `tokens`, the limit of the context, and `max_steps`.
     """
-    rng, max_steps = np.random.default_rng(seed), recipe["max_steps"]
-    returns = {TRANSFORMER: returns_of(play(network, encoder, lakes, EPISODES, rng, recipe["tokens"], max_steps=max_steps))}
-    tabular = lambda env, rng: TabularQ(env, rng, model_probability)  # noqa: E731
-    references = {"systematic explorer": Explorer, "tabular Q-learning": tabular, "uniform random": RandomPlayer}
-    for name, player in references.items() if with_references else ():
-        rng = np.random.default_rng(seed)  # its own, so that its curve does not depend on the network's games
-        env = FrozenLake(lakes, rng, max_steps=max_steps)
-        returns[name] = returns_of(roll_out(env, player(env, rng), EPISODES))
+    players = {
+        TRANSFORMER: lambda env, rng: InContext(network, encoder, env, rng, recipe["tokens"]),
+        "systematic explorer": Explorer,
+        "tabular Q-learning": lambda env, rng: TabularQ(env, rng, model_probability),
+        "uniform random": RandomPlayer,
+    }
+    returns = {}
+    for name in players if with_references else [TRANSFORMER]:
+        rng = np.random.default_rng(seed)  # each its own, so that no curve depends on another player's games
+        env = FrozenLake(lakes, rng, max_steps=recipe["max_steps"])
+        returns[name] = returns_of(roll_out(env, players[name](env, rng), EPISODES))
     return returns
 
 
@@ -151,9 +148,16 @@ def report(folder: Path, experiment: str, recipe: dict, returns: dict[str, np.nd
 def watch(network: QNetwork, encoder: Encoder, lake: Lake, recipe: dict, seed: int) -> None:
     """Play one trial and print every step: the Q-values before it and the action, * where a coin and not the model chose."""
     seen: list[tuple] = []  # Q-values before each step, and whether the model chose
+
+    class Watched(InContext):
+        def act(self, *situation):
+            action = super().act(*situation)
+            seen.append((self.q[0].copy(), self.by_model[0]))
+            return action
+
     rng = np.random.default_rng(seed)
-    note = lambda episode, state, q, by_model, action: seen.append((q[0].copy(), by_model[0]))  # noqa: E731
-    (episodes,) = play(network, encoder, [lake], EPISODES, rng, recipe["tokens"], max_steps=recipe["max_steps"], watch=note)
+    env = FrozenLake([lake], rng, max_steps=recipe["max_steps"])
+    (episodes,) = roll_out(env, Watched(network, encoder, env, rng, recipe["tokens"]), EPISODES)
     print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
     steps = iter(seen)
     for number, episode in enumerate(episodes):
@@ -173,8 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("experiment", nargs="?", default="unseen", choices=["unseen"], help="default: %(default)s")
     parser.add_argument("--watch", action="store_true", help="show one trial step by step instead")
-    parser.add_argument("--lake", type=int, default=0, help="which held-out lake to watch (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=200, help="held-out lakes to play (default: %(default)s)")
+    parser.add_argument("--lake", type=int, default=0, help="which test lake to watch (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=200, help="test lakes to play (default: %(default)s)")
     parser.add_argument("--context", type=int, help="tokens of context (default: the run's slice length)")
     parser.add_argument("--seed", type=int, default=0, help="of starts and coin tosses (default: %(default)s)")
     parser.add_argument(
@@ -185,8 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
         network, encoder, recipe = load_run(args.run, "cuda" if torch.cuda.is_available() else "cpu")
         recipe["tokens"] = args.context or recipe["tokens"]
         count = args.lake + 1 if args.watch else args.trials
-        check_trials(count, recipe["held_out"])
-        lakes = held_out_lakes(count, tuple(recipe["sides"]), recipe["min_hops"])
+        lakes = test_lakes(count, tuple(recipe["sides"]), recipe["min_hops"])
         if args.watch:
             watch(network, encoder, lakes[args.lake], recipe, args.seed)
         else:

@@ -16,9 +16,11 @@ Shapes: N lakes, S tiles of the largest lake (tile = row * width + column), A = 
 """
 
 import itertools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +63,11 @@ class Lake:
         return len(self.rows[0])
 
     @cached_property
+    def is_test(self) -> bool:
+        """Whether this lake is set aside for tests: one in ten is, by a hash of its map, whoever draws it and when."""
+        return zlib.crc32(str(self).encode()) % 10 == 0
+
+    @cached_property
     def tiles(self) -> np.ndarray:
         """The tiles as characters, (height * width,)."""
         return np.array(list("".join(self.rows)))
@@ -95,13 +102,9 @@ def hops(moves: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def random_lakes(
-    count: int,
-    rng: np.random.Generator,
-    sides: tuple[int, int] = (3, 5),
-    min_hops: int = 4,
-    exclude: frozenset[Lake] | set[Lake] = frozenset(),
+    count: int, rng: np.random.Generator, sides: tuple[int, int] = (3, 5), min_hops: int = 4, test: bool | None = None
 ) -> list[Lake]:
-    """`count` lakes by the notebook's rules, none of them in `exclude`.
+    """`count` lakes by the notebook's rules; only test lakes, only others, or (None) both.
 
     Width and height are each uniform in sides[0]..sides[1]. A tile is a start with probability 0.1, each remaining one a
     goal with 0.1, each remaining one a hole with 0.2. A map is kept if it has a start and a goal and, from every start, the
@@ -125,7 +128,7 @@ def random_lakes(
             distance, start = hops(moves, tiles == "G"), tiles == "S"
             kept = start.any(1) & np.all(~start | (np.isfinite(distance) & (distance >= min_hops)), axis=1)
             found += (Lake(tuple("".join(row) for row in t.reshape(height, width))) for t in tiles[kept])
-        lakes += (found[i] for i in rng.permutation(len(found)) if found[i] not in exclude)
+        lakes += (found[i] for i in rng.permutation(len(found)) if test in (None, found[i].is_test))
         if len(lakes) >= count:
             return lakes[:count]
     raise ValueError(
@@ -216,32 +219,42 @@ class Episode:
         return float(self.rewards.sum())
 
 
+class Step(NamedTuple):
+    """One step on N lakes; every field is (N,), as `FrozenLake` takes and gives it."""
+
+    state: np.ndarray
+    action: np.ndarray
+    successor: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+
+
 def roll_out(env: FrozenLake, player, episodes: int) -> list[list[Episode]]:
     """Let `player` play so many episodes on every lake of `env`, all lakes side by side; [lake][episode].
 
-    A player has `act(state, episode) -> actions (N,)` and `learn(state, actions, rewards, successor, terminated, playing)`,
-    in which `playing` (N,) marks the rows whose episode is still going on.
+    A player has `act(state, episode, playing) -> action` and `learn(step, playing)`, arrays of one row a lake. No lake waits
+    for another: `episode` is the number of each one's present episode, and `playing` is False where all have been played.
     """
-    n = len(env)
-    played: list[list[Episode]] = [[] for _ in range(n)]
-    for episode in range(episodes):
-        state, playing = env.reset(), np.ones(n, bool)
-        states, actions, rewards = [state], [], []
-        length, cut = np.zeros(n, np.int64), np.zeros(n, bool)
-        while playing.any():
-            action = player.act(state, episode)
-            successor, reward, terminated, truncated = env.step(action)
-            player.learn(state, action, reward, successor, terminated, playing)
-            states.append(successor)
-            actions.append(action)
-            rewards.append(reward)
-            length += playing
-            cut |= playing & truncated
-            playing = playing & ~terminated & ~truncated
-            state = successor
-        s, a, r = np.stack(states, 1), np.stack(actions, 1), np.stack(rewards, 1)
-        for i, k in enumerate(length.tolist()):
-            played[i].append(Episode(s[i, : k + 1], a[i, :k], r[i, :k], bool(cut[i])))
+    if episodes < 1:
+        raise ValueError(f"At least one episode has to be played, but {episodes} were asked for.")
+    state, episode, steps = env.reset(), np.zeros(len(env), np.int64), []
+    while (playing := episode < episodes).any():
+        action = player.act(state, episode, playing)
+        step = Step(state, action, *env.step(action))
+        player.learn(step, playing)
+        steps.append(step)
+        over = step.terminated | step.truncated
+        state = env.reset(over)
+        episode += over & playing
+    s, a, successor, r, terminated, truncated = (np.stack(column, 1) for column in zip(*steps))  # (N, steps)
+    played = []
+    for i, over in enumerate(terminated | truncated):
+        ends = np.flatnonzero(over)[:episodes] + 1
+        played.append([
+            Episode(np.append(s[i, b:e], successor[i, e - 1]), a[i, b:e], r[i, b:e], bool(truncated[i, e - 1]))
+            for b, e in zip([0, *ends], ends)
+        ])  # fmt: skip
     return played
 
 
@@ -251,34 +264,35 @@ class RandomPlayer:
     def __init__(self, env: FrozenLake, rng: np.random.Generator):
         self.n, self.rng = len(env), rng
 
-    def act(self, state: np.ndarray, episode: int) -> np.ndarray:
+    def act(self, state: np.ndarray, episode: np.ndarray, playing: np.ndarray) -> np.ndarray:
         return self.rng.integers(0, 4, self.n)
 
-    def learn(self, *transition) -> None:
+    def learn(self, step: Step, playing: np.ndarray) -> None:
         pass
 
 
 class TabularQ:
     """Tabular Q-learning (Watkins 1989) on every lake at once, starting from zeros.
 
-    In episode e it acts greedily, ties broken at random, with probability `greedy(e)`, otherwise uniformly at random.
+    In episode e it acts greedily, ties broken at random, with probability `greedy(e)`, otherwise uniformly at random;
+    `greedy` takes and gives arrays (N,).
     Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)), without the bootstrap at a hole or a goal.
     """
 
-    def __init__(self, env: FrozenLake, rng: np.random.Generator, greedy: Callable[[int], float], gamma=0.9, rate=0.5):
+    def __init__(self, env: FrozenLake, rng: np.random.Generator, greedy: Callable, gamma=0.9, rate=0.5):
         self.q = np.zeros(env.moves.shape)  # (N, S, A)
         self.rng, self.greedy, self.gamma, self.rate = rng, greedy, gamma, rate
         self.lake = np.arange(len(env))
 
-    def act(self, state: np.ndarray, episode: int) -> np.ndarray:
+    def act(self, state: np.ndarray, episode: np.ndarray, playing: np.ndarray) -> np.ndarray:
         n = len(self.lake)
         best = np.argmax(self.q[self.lake, state] + 1e-9 * self.rng.random((n, 4)), axis=1)
         return np.where(self.rng.random(n) < self.greedy(episode), best, self.rng.integers(0, 4, n))
 
-    def learn(self, state, action, reward, successor, terminated, playing) -> None:
-        target = reward + self.gamma * np.where(terminated, 0.0, self.q[self.lake, successor].max(1))
-        error = target - self.q[self.lake, state, action]
-        self.q[self.lake, state, action] += np.where(playing, self.rate * error, 0.0)
+    def learn(self, step: Step, playing: np.ndarray) -> None:
+        target = step.reward + self.gamma * np.where(step.terminated, 0.0, self.q[self.lake, step.successor].max(1))
+        error = target - self.q[self.lake, step.state, step.action]
+        self.q[self.lake, step.state, step.action] += np.where(playing, self.rate * error, 0.0)
 
 
 class Explorer:
@@ -295,7 +309,7 @@ class Explorer:
         self.stale = np.zeros(len(env), bool)  # (N,) learned something since the hops were counted
         self.rng, self.lake = rng, np.arange(len(env))
 
-    def act(self, state: np.ndarray, episode: int) -> np.ndarray:
+    def act(self, state: np.ndarray, episode: np.ndarray, playing: np.ndarray) -> np.ndarray:
         if self.stale.any():
             known, untried = self.known[self.stale], (self.known < 0).any(-1) & ~self.ended
             self.to_goal[self.stale] = hops(known, self.goal[self.stale])
@@ -307,12 +321,12 @@ class Explorer:
         cost = np.where(successor >= 0, distance[self.lake[:, None], successor] + 1, np.where(exploit, np.inf, 0.0))
         return np.argmin(cost + 1e-9 * self.rng.random(cost.shape), axis=1)
 
-    def learn(self, state, action, reward, successor, terminated, playing) -> None:
-        self.stale |= playing & (self.known[self.lake, state, action] < 0)
+    def learn(self, step: Step, playing: np.ndarray) -> None:
+        self.stale |= playing & (self.known[self.lake, step.state, step.action] < 0)
         row = self.lake[playing]
-        self.known[row, state[playing], action[playing]] = successor[playing]
-        self.ended[row, successor[playing]] |= terminated[playing]
-        self.goal[row, successor[playing]] |= reward[playing] > 0
+        self.known[row, step.state[playing], step.action[playing]] = step.successor[playing]
+        self.ended[row, step.successor[playing]] |= step.terminated[playing]
+        self.goal[row, step.successor[playing]] |= step.reward[playing] > 0
 
 
 class ShortestPath:
@@ -322,11 +336,11 @@ class ShortestPath:
         self.env, self.lake = env, np.arange(len(env))
         self.distance = hops(env.moves, env.goal)
 
-    def act(self, state: np.ndarray, episode: int) -> np.ndarray:
+    def act(self, state: np.ndarray, episode: np.ndarray, playing: np.ndarray) -> np.ndarray:
         successor = self.env.moves[self.lake, state]  # (N, A)
         return self.distance[self.lake[:, None], successor].argmin(1)
 
-    def learn(self, *transition) -> None:
+    def learn(self, step: Step, playing: np.ndarray) -> None:
         pass
 
 

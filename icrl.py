@@ -6,20 +6,19 @@ What is here, in the order in which data flows
     QNetwork                a Llama read as Q(tau, a): the logits of the action words before the action (section 3)
     td_targets, td_loss     equations 4, 6 and 7: Double DQN at the action tokens
     polyak_update           equation 8: the delayed network follows the online one
-    model_probability, play trials on new lakes: one growing context each, no weight changes (section 4.2)
+    InContext               the network as a player: one growing context a trial, no weight changes (section 4.2)
     save_network, load_run  a run's folder
 
 Departures from the paper: the argmax is over the action words, not the whole vocabulary; COMPACT_TEMPLATE leaves out the role
 headers, for the small embedded model; the last action of a slice is left out of the loss, unless its episode ends with it.
 
-Shapes: B batch, T tokens, N action positions, A actions; N is also the number of trials that `play` plays side by side.
+Shapes: B batch, T tokens, N action positions, A actions; N is also the number of trials that are played side by side.
 """
 
 import copy
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake
+from frozen_lake import ACTIONS, Episode, FrozenLake, Step
 from ia3 import IA3, replacing
 from llama import KVCache, Llama, load_llama
 
@@ -253,123 +252,98 @@ def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- playing
-def model_probability(episode: int) -> float:
+def model_probability(episode: np.ndarray) -> np.ndarray:
     """The chance that the model and not a coin chooses an action: 0, 0, 0.1, 0.1, ... 0.9, 0.9, then 1 (section 4.2)."""
-    return min(episode // 2 / 10, 1.0)
+    return np.minimum(episode // 2 / 10, 1.0)
 
 
 def check_context(encoder: Encoder, context: int, max_steps: int) -> None:
     """Raises ValueError if a context of so many tokens is too small for an episode of so many steps and room to forget."""
     a_step = encoder.lengths[PROMPT] + encoder.lengths[ACTION:OBSERVATION].max() + encoder.lengths[OBSERVATION:].max()
-    episode = max_steps * a_step + encoder.lengths[[BEGIN, REWARD, CUT, END]].sum() + encoder.lengths[OBSERVATION:].max()
-    if 4 * episode > 3 * context:
+    opening = encoder.lengths[BEGIN] + encoder.lengths[OBSERVATION:].max() + encoder.lengths[PROMPT]
+    episode = max_steps * a_step + opening + encoder.lengths[[REWARD, CUT, END]].sum()
+    needed = max(-(-4 * episode // 3), episode + opening)  # room to keep the last episode whole when old ones are forgotten
+    if context < needed:
         raise ValueError(
-            f"{context} tokens of context are too few: an episode of {max_steps} steps takes up to {episode}, and "
-            f"{-(-4 * episode // 3)} are needed, so that forgetting old episodes makes room. Ask for more tokens or fewer steps."
+            f"{context} tokens of context are too few: an episode of {max_steps} steps takes up to {episode}, and {needed} "
+            "are needed, so that forgetting old episodes makes room. Ask for more tokens or fewer steps."
         )
 
 
-@torch.inference_mode()
-def play(
-    network: QNetwork,
-    encoder: Encoder,
-    lakes: Sequence[Lake],
-    episodes: int,
-    rng: np.random.Generator,
-    context: int,
-    probability: Callable[[int], float] = model_probability,
-    max_steps: int = MAX_STEPS,
-    watch: Callable | None = None,
-) -> list[list[Episode]]:
-    """One trial a lake, side by side: the network plays so many episodes in one growing context; [trial][episode].
+class InContext:
+    """The network as a player of frozen_lake.roll_out: it remembers by its transcript alone, and no weight changes.
 
-    A context that would outgrow `context` tokens loses its oldest whole episodes, at least a quarter of its tokens, and
-    what is left is encoded anew. `watch(episode, state, q, by_model, action)` is called after each choice with arrays of
-    one row a trial. Raises ValueError if `context` is too small for one episode.
+    Row i plays trial i, in a growing context of its own. A context that would outgrow `context` tokens loses its oldest
+    whole episodes, at least a quarter of its tokens, and what is left is encoded anew. In episode e the network's choice
+    counts with the chance `probability(e)`, which takes and gives arrays; otherwise the action is uniformly random.
+    Raises ValueError if `context` is too small for one episode.
     """
-    check_context(encoder, context, max_steps)
-    n, device = len(lakes), network.action_tokens.device
-    env = FrozenLake(lakes, rng, max_steps=max_steps)
-    chance = np.array([probability(e) for e in range(episodes)] + [0.0])  # the last for trials that are over
-    played: list[list[Episode]] = [[] for _ in range(n)]
-    # the episode going on in each trial: its number, its steps so far, and what was seen, done and paid in them
-    episode, step = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    seen, did = np.zeros((n, max_steps + 1), np.int64), np.zeros((n, max_steps), np.int64)
-    paid = np.zeros((n, max_steps), np.float32)
-    seen[:, 0] = env.state
 
-    live = np.arange(n)  # the trial that each row of the cache belongs to
-    pending = np.full((n, 8), NOTHING)  # messages not yet fed to the network
-    pending[:, :3] = np.stack((np.full(n, BEGIN), OBSERVATION + env.state, np.full(n, PROMPT)), 1)
-    slots = context + pending.shape[1] * encoder.table.shape[1]  # room for the padding of a chunk
-    cache = KVCache(network.llama.config, n, slots, network.llama.vocabulary.dtype, device)
-    lengths = np.zeros(n, np.int64)  # each trial's tokens in the cache
-    q = np.zeros((n, len(ACTIONS)), np.float32)
+    def __init__(
+        self, network: QNetwork, encoder: Encoder, env: FrozenLake, rng: np.random.Generator, context: int, probability=None
+    ):
+        check_context(encoder, context, env.max_steps)
+        self.network, self.encoder, self.rng, self.context = network, encoder, rng, context
+        self.probability = probability or model_probability
+        self.transcript: list[np.ndarray] = []  # of (N, 8) messages, a chunk for every step
+        self.happened = np.full((len(env), 5), NOTHING)  # the messages of the last step, not yet fed to the network
+        self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
+        self.live = np.arange(len(env))  # the trial that each row of the cache belongs to
+        self.lengths = np.zeros(len(env), np.int64)  # (N,) tokens in the cache
+        self.cache = self._new_cache(len(env))
+        self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
+        self.by_model = np.zeros(len(env), bool)  # (N,) whether the network chose the last action
 
-    def running(trial: int) -> Episode:
-        k = step[trial]
-        return Episode(seen[trial, : k + 1].copy(), did[trial, :k].copy(), paid[trial, :k].copy(), False)
+    @torch.inference_mode()
+    def act(self, state: np.ndarray, episode: np.ndarray, playing: np.ndarray) -> np.ndarray:
+        going_on = playing[self.live]
+        if 2 * going_on.sum() <= len(going_on):  # halve the batch now and then: a copy for every trial that ends costs more
+            self.live = self.live[going_on]
+            self.cache.keep(self._tensor(np.flatnonzero(going_on)))
+        begin, observation = np.where(self.begins, BEGIN, NOTHING), np.where(self.begins, OBSERVATION + state, NOTHING)
+        chunk = np.column_stack((self.happened, begin, observation, np.full(len(state), PROMPT)))  # (N, 8)
+        chunk[~playing] = NOTHING
+        if (full := self.lengths + self.encoder.lengths[chunk].sum(1) > self.context)[self.live].any():
+            self._forget(full, chunk)
+        tokens, counts = self.encoder.join(chunk[self.live])
+        counts_there = self._tensor(counts)
+        last = (counts_there[:, None] - 1).clamp(min=0)  # a trial that is over has no tokens, and its row is not used
+        self.q[self.live] = self.network(self._tensor(tokens), last, self.cache)[:, 0].cpu().numpy()
+        self.cache.advance(counts_there)
+        self.lengths[self.live] += counts
+        self.transcript.append(chunk)
+        self.by_model = self.rng.random(len(state)) < self.probability(episode)
+        return np.where(self.by_model, self.q.argmax(1), self.rng.integers(0, len(ACTIONS), len(state)))
 
-    while len(live):
-        full = lengths[live] + encoder.lengths[pending[live]].sum(1) > context
-        if full.any():
-            rows, trials = np.flatnonzero(full), live[full]
-            kept = [_recent_messages(encoder, played[t], running(t), 3 * context // 4) for t in trials]
-            pending[trials] = NOTHING
-            pending[trials, 0], pending[trials, 1] = OBSERVATION + env.state[trials], PROMPT
-            tokens, counts = encoder.join(np.array(list(itertools.zip_longest(*kept, fillvalue=NOTHING))).T)
-            fresh = KVCache(network.llama.config, len(rows), slots, cache.keys.dtype, device)
-            network.llama(torch.from_numpy(tokens).to(device), network.adapter, fresh)
-            fresh.advance(torch.from_numpy(counts).to(device))
-            cache.replace(torch.from_numpy(rows).to(device), fresh)
-            lengths[trials] = counts
+    def learn(self, step: Step, playing: np.ndarray) -> None:
+        self.begins = step.terminated | step.truncated
+        ends = np.where(self.begins, END, NOTHING)
+        paid, cut = np.where(step.reward > 0, REWARD, NOTHING), np.where(step.truncated, CUT, NOTHING)
+        self.happened = np.column_stack((ACTION + step.action, OBSERVATION + step.successor, paid, cut, ends))
 
-        tokens, counts = encoder.join(pending[live])
-        counts_there = torch.from_numpy(counts).to(device)
-        last = (counts_there[:, None] - 1).clamp(min=0)  # a trial that is over has no tokens; its row is not used
-        q[live] = network(torch.from_numpy(tokens).to(device), last, cache)[:, 0].cpu().numpy()
-        cache.advance(counts_there)
-        lengths[live] += counts
+    def _forget(self, full: np.ndarray, chunk: np.ndarray) -> None:
+        """Encode anew the newest whole episodes of these trials (bool (N,)) that leave room for `chunk` and more."""
+        rows = np.flatnonzero(full[self.live])
+        trials = self.live[rows]
+        messages = np.concatenate([past[trials] for past in self.transcript], axis=1)  # (R, M)
+        onward = self.encoder.lengths[messages][:, ::-1].cumsum(1)[:, ::-1]  # tokens from each message to the end
+        limit = np.minimum(3 * self.context // 4, self.context - self.encoder.lengths[chunk[trials]].sum(1))
+        first = ((messages == BEGIN) & (onward <= limit[:, None])).argmax(1)
+        messages[np.arange(messages.shape[1]) < first[:, None]] = NOTHING
+        tokens, counts = self.encoder.join(messages[:, first.min() :])
+        fresh = self._new_cache(len(rows))
+        self.network.llama(self._tensor(tokens), self.network.adapter, fresh)
+        fresh.advance(self._tensor(counts))
+        self.cache.replace(self._tensor(rows), fresh)
+        self.lengths[trials] = counts
 
-        by_model = rng.random(n) < chance[episode]
-        action = np.where(by_model, q.argmax(1), rng.integers(0, len(ACTIONS), n))
-        if watch:
-            watch(episode, env.state, q, by_model, action)
-        state, reward, terminated, truncated = env.step(action)
-        on = np.flatnonzero(episode < episodes)
-        did[on, step[on]], paid[on, step[on]] = action[on], reward[on]
-        step[on] += 1
-        seen[on, step[on]] = state[on]
+    def _new_cache(self, rows: int) -> KVCache:
+        slots = self.context + 8 * self.encoder.table.shape[1]  # room for the padding of a chunk
+        llama = self.network.llama
+        return KVCache(llama.config, rows, slots, llama.vocabulary.dtype, self.network.action_tokens.device)
 
-        over = (episode < episodes) & (terminated | truncated)
-        for trial in np.flatnonzero(over):
-            played[trial].append(replace(running(trial), truncated=bool(truncated[trial])))
-        episode[over] += 1
-        step[over] = 0
-        start = env.reset(over)
-        seen[over, 0] = start[over]
-        pending[:, 0], pending[:, 1] = ACTION + action, OBSERVATION + state
-        pending[:, 2], pending[:, 3] = np.where(reward > 0, REWARD, NOTHING), np.where(truncated, CUT, NOTHING)
-        pending[:, 4], pending[:, 5] = np.where(over, END, NOTHING), np.where(over, BEGIN, NOTHING)
-        pending[:, 6], pending[:, 7] = np.where(over, OBSERVATION + start, NOTHING), PROMPT
-
-        pending[episode == episodes] = NOTHING
-        going_on = episode[live] < episodes
-        if 2 * going_on.sum() <= len(live):  # halve the batch now and then: a copy for every trial that ends costs more
-            live = live[going_on]
-            cache.keep(torch.from_numpy(np.flatnonzero(going_on)).to(device))
-    return played
-
-
-def _recent_messages(encoder: Encoder, played: list[Episode], running: Episode, limit: int) -> list[int]:
-    """The messages of the newest whole episodes that fit `limit` tokens, and of the running one up to its last tile."""
-    messages = encoder.messages(running)[:-2]  # without that tile, which is fed next, and END
-    for episode in reversed(played):
-        older = encoder.messages(episode)
-        if encoder.lengths[older + messages].sum() > limit:
-            break
-        messages = older + messages
-    return messages
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.network.action_tokens.device)
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder

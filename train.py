@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from eval import TRANSFORMER, check_trials, held_out_lakes, report, sparkline, unseen
+from eval import TRANSFORMER, report, sparkline, test_lakes, unseen
 from frozen_lake import MAX_STEPS, FrozenLake, TabularQ, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
@@ -85,9 +85,8 @@ class Recipe:
     collection_steps: int = setting(64, "training steps before a new collection is made")
     quality: str = setting("mid", f"which episodes are likelier to be drawn (figure 6): {', '.join(QUALITY)}")
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
-    held_out: int = setting(500, "test lakes that training leaves out")
     # the optimisation
-    steps: int = setting(3600, "optimizer steps")
+    steps: int = setting(3800, "optimizer steps")
     tokens: int = setting(512, "tokens in a slice, T")
     batch: int = setting(8, "slices in a batch, B")
     gamma: float = setting(0.9, "discount within an episode")
@@ -104,9 +103,7 @@ class Recipe:
     seed: int = setting(0, "of weights and data")
 
     def __post_init__(self):
-        for (
-            name
-        ) in "layers width heads feed_forward lakes episodes collection_steps held_out steps batch warm_up max_steps".split():
+        for name in "layers width heads feed_forward lakes episodes collection_steps steps batch warm_up max_steps".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, but it is {getattr(self, name)}.")
         for name in "gamma gamma_episode alpha easy_until explore greedy decay_from final_rate".split():
@@ -143,20 +140,21 @@ OF_THE_METHOD = "adapter learning_rate muon_rate warm_up decay_from clip".split(
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-def collect(recipe: Recipe, number: int, encoder: Encoder, held_out: set) -> Iterator[Batch]:
+def collect(recipe: Recipe, number: int, encoder: Encoder) -> Iterator[Batch]:
     """The batches of one collection: new lakes, Q-learning's episodes on them, shuffled into sets and cut into slices.
 
+    None of the lakes is a test lake.
     All of it follows from the recipe and the collection's number, so a resumed run sees what an uninterrupted one would.
     """
     rng = np.random.default_rng([recipe.seed, number])
     progress = number * recipe.collection_steps / recipe.steps
     easy = round(recipe.lakes * max(0.0, 1 - progress / recipe.easy_until)) if recipe.easy_until else 0
-    lakes = random_lakes(recipe.lakes - easy, rng, recipe.sides, recipe.min_hops, held_out)
+    lakes = random_lakes(recipe.lakes - easy, rng, recipe.sides, recipe.min_hops, test=False)
     if easy:
-        lakes += random_lakes(easy, rng, recipe.easy_sides, recipe.easy_hops, held_out)
+        lakes += random_lakes(easy, rng, recipe.easy_sides, recipe.easy_hops, test=False)
     env = FrozenLake(lakes, rng, max_steps=recipe.max_steps)
-    chance = lambda episode: 0.0 if episode < recipe.explore * recipe.episodes else recipe.greedy  # noqa: E731
-    played = roll_out(env, TabularQ(env, rng, chance), recipe.episodes)
+    greedy = lambda episode: np.where(episode < recipe.explore * recipe.episodes, 0.0, recipe.greedy)  # noqa: E731
+    played = roll_out(env, TabularQ(env, rng, greedy), recipe.episodes)
     orders = (rng.permutation(len(lakes)) for _ in itertools.count())
     sets = (draw_set(played[lake], rng, recipe.quality) for order in orders for lake in order)
     for _ in range(recipe.collection_steps):
@@ -165,11 +163,10 @@ def collect(recipe: Recipe, number: int, encoder: Encoder, held_out: set) -> Ite
 
 
 def batches(recipe: Recipe, encoder: Encoder, start: int) -> Iterator[Batch]:
-    """The batches of training from step `start` on. None of their lakes is a test lake."""
-    held_out = set(held_out_lakes(recipe.held_out, recipe.sides, recipe.min_hops))
+    """The batches of training from step `start` on."""
     number, skip = divmod(start, recipe.collection_steps)
     while True:
-        yield from itertools.islice(collect(recipe, number, encoder, held_out), skip, None)
+        yield from itertools.islice(collect(recipe, number, encoder), skip, None)
         number, skip = number + 1, 0
 
 
@@ -308,7 +305,7 @@ def open_log(path: Path, step: int) -> TextIO:
 def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Namespace) -> bool:
     """Train to the recipe's last step, with a checkpoint, and a look at unseen lakes, now and then; False if interrupted."""
     recipe, stop = training.recipe, []
-    lakes = held_out_lakes(min(32, recipe.held_out), recipe.sides, recipe.min_hops)
+    lakes = test_lakes(32, recipe.sides, recipe.min_hops)
     handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True)
     try:
@@ -358,8 +355,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that mean nothing, alone or together."""
-    if min(args.look_every, args.checkpoint_every) < 1:
-        raise ValueError("--look-every and --checkpoint-every have to be at least 1.")
+    if min(args.look_every, args.checkpoint_every, args.trials) < 1:
+        raise ValueError("--look-every, --checkpoint-every and --trials have to be at least 1.")
     if args.minutes is not None and (not 0 < args.minutes < math.inf or args.steps):
         raise ValueError(f"--minutes {args.minutes} has to be more than 0, and without --steps, which it sets.")
     try:
@@ -373,11 +370,9 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     recipe = EMBEDDED
-    if args.model:  # an IA3 run, unless it says otherwise; on its base's lakes, so that its test lakes are new to the base too
-        if changed := [name for name in "layers width heads feed_forward sides min_hops held_out".split() if name in given]:
-            raise ValueError(
-                f"A run on --model has its network's shape and its lakes: leave out --{changed[0].replace('_', '-')}."
-            )
+    if args.model:  # an IA3 run, unless it says otherwise, on its base's lakes
+        if changed := [name for name in "layers width heads feed_forward".split() if name in given]:
+            raise ValueError(f"A run on --model has its network's shape: leave out --{changed[0].replace('_', '-')}.")
         given |= {"model": str(Path(args.model).resolve()), "adapter": args.adapter or "ia3"}
         recipe = Recipe(**load_run(args.model)[2])
         if given["adapter"] == "ia3":
@@ -410,7 +405,6 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
         encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
         network = new_network(recipe, encoder)
     check_context(encoder, recipe.tokens, recipe.max_steps)
-    check_trials(args.trials, recipe.held_out)
     for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
         random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
     folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
@@ -434,7 +428,6 @@ def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     if changed := [name for name in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, name) is not None]:
         raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
     network, encoder, settings = load_run(args.resume, args.device)
-    check_trials(args.trials, settings["held_out"])
     training = Training(Recipe(**settings), network)
     training.load(args.resume)
     return args.resume, training, encoder
@@ -453,7 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not train(folder, training, encoder, args):
             print(f"Stopped at step {training.step}. To go on: python train.py --resume {folder}")
             sys.exit(130)
-        lakes = held_out_lakes(args.trials, recipe.sides, recipe.min_hops)
+        lakes = test_lakes(args.trials, recipe.sides, recipe.min_hops)
         print(f"Playing {len(lakes)} lakes that training never saw ...")
         report(folder, "unseen", asdict(recipe), unseen(training.online, encoder, lakes, asdict(recipe)))
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:

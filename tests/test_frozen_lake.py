@@ -17,6 +17,7 @@ from frozen_lake import (
     Lake,
     RandomPlayer,
     ShortestPath,
+    Step,
     TabularQ,
     _random_tiles,
     draw,
@@ -253,12 +254,14 @@ def test_fewer_random_lakes_are_the_first_of_more():
         assert random_lakes(fewer, rng(2)) == lakes[:fewer]
 
 
-def test_excluded_lakes_are_left_out():
-    """The lakes of `exclude` are missing, and nothing else changes."""
-    lakes = random_lakes(400, rng(4), (3, 3), 2)
-    excluded = set(lakes[::4])
-    rest = [lake for lake in lakes if lake not in excluded]
-    assert random_lakes(len(rest), rng(4), (3, 3), 2, exclude=excluded) == rest
+def test_a_tenth_of_all_lakes_is_set_aside_for_tests():
+    """`test` keeps the test lakes, the others, or all, in the same order; a lake is one of them wherever it is drawn."""
+    lakes = random_lakes(4000, rng(4), (3, 4), 2)
+    tests, others = [lake for lake in lakes if lake.is_test], [lake for lake in lakes if not lake.is_test]
+    assert 0.08 < len(tests) / 4000 < 0.12  # 0.1, four standard deviations
+    assert random_lakes(len(tests), rng(4), (3, 4), 2, test=True) == tests
+    assert random_lakes(len(others), rng(4), (3, 4), 2, test=False) == others
+    assert Lake(("SFFF", "FFHG")).is_test == Lake(["SFFF", "FFHG"]).is_test
 
 
 def test_tiles_are_drawn_by_three_successive_chances():
@@ -425,8 +428,8 @@ def test_tabular_q_update_by_hand():
     player.q[:, 2] = 7.0  # the goal's own values, which an update must never read
 
     def learn(tile, action, reward, onward, terminated):
-        columns = ([value] * 2 for value in (tile, action, reward, onward, terminated))
-        player.learn(*map(np.array, columns), np.array([True, False]))  # on the second lake the episode is over
+        columns = ([value] * 2 for value in (tile, action, onward, reward, terminated, False))
+        player.learn(Step(*map(np.array, columns)), np.array([True, False]))  # on the second lake all has been played
 
     # Two walks to the right, from tile 0 over tile 1 into the goal, told from the end so that the values travel back:
     learn(1, RIGHT, 1.0, 2, True)  # Q(1, right) = 0     + 0.5 (1             - 0)     = 0.5
@@ -443,17 +446,19 @@ def test_tabular_q_update_by_hand():
 def test_tabular_q_acts_by_its_schedule():
     """In episode e it takes its best action with chance greedy(e), else any; equally good ones are equally likely."""
     env = FrozenLake([Lake(("SG",))] * 1000, rng())
-    player = TabularQ(env, rng(14), greedy=lambda episode: (0.0, 0.6, 1.0)[episode])
+    player = TabularQ(env, rng(14), greedy=np.array([0.0, 0.6, 1.0]).take)
     player.q[:, 0, UP] = player.q[:, 0, RIGHT] = 0.5
     for episode, best in enumerate((0.25, 0.6 / 2 + 0.4 / 4, 0.5)):
-        share = np.bincount(np.concatenate([player.act(env.state, episode) for _ in range(20)]), minlength=4) / 20_000
+        rows, all_playing = np.full(1000, episode), np.ones(1000, bool)
+        actions = np.concatenate([player.act(env.state, rows, all_playing) for _ in range(20)])
+        share = np.bincount(actions, minlength=4) / 20_000
         assert share[[UP, RIGHT, LEFT, DOWN]] == pytest.approx([best, best, 0.5 - best, 0.5 - best], abs=0.015)
 
 
 def test_tabular_q_learns():
     """On small lakes its return rises from near that of a random player to nearly always reaching the goal."""
     env = FrozenLake(random_lakes(50, rng(15), (3, 3), 2), rng(16))
-    player = TabularQ(env, rng(17), greedy=lambda episode: min(1.0, episode / 40))
+    player = TabularQ(env, rng(17), greedy=lambda episode: np.minimum(1.0, episode / 40))
     returns = np.array([[episode.total for episode in episodes] for episodes in roll_out(env, player, 60)])
     assert returns[:, :5].mean() < 0.6
     assert returns[:, -5:].mean() > 0.9

@@ -17,13 +17,13 @@ from icrl import (
     COMPACT_TEMPLATE,
     LLAMA_TEMPLATE,
     Encoder,
+    InContext,
     QNetwork,
     collate,
     compact_tokenizer,
     draw_set,
     encode_slice,
     model_probability,
-    play,
     polyak_update,
     td_loss,
     td_targets,
@@ -337,10 +337,30 @@ def test_changing_a_later_token_changes_no_earlier_q_value():
 # ------------------------------------------------------------------------------------------------------------- playing
 
 
+def play(net, encoder, lakes, episodes, rng, context, probability=model_probability, max_steps=100):
+    """The episodes of each trial, and the Q-values (steps, A) that were read in it."""
+    env, record = FrozenLake(lakes, rng, max_steps=max_steps), [[] for _ in lakes]
+    player = InContext(net, encoder, env, rng, context, probability)
+
+    class Watched:
+        learn = player.learn
+
+        def act(self, state, episode, playing):
+            action = player.act(state, episode, playing)
+            for i in np.flatnonzero(playing):
+                record[i].append(player.q[i].copy())
+            return action
+
+    played = roll_out(env, Watched(), episodes)
+    assert [len(steps) for steps in record] == [sum(len(e.actions) for e in trial) for trial in played]
+    return played, record
+
+
 def test_model_probability_is_the_papers_schedule():
-    """0, 0, 0.1, 0.1, ... 0.9, 0.9 over twenty episodes, then 1."""
+    """0, 0, 0.1, 0.1, ... 0.9, 0.9 over twenty episodes, then 1; for one number or an array of them."""
     expected = [p for tenth in range(10) for p in (tenth / 10, tenth / 10)] + [1.0] * 10
     assert [model_probability(e) for e in range(30)] == pytest.approx(expected)
+    assert model_probability(np.arange(30)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("encoder", [ENCODER, llama_encoder()], ids=["compact", "llama"])
@@ -350,46 +370,37 @@ def test_playing_with_the_cache_gives_the_q_values_of_a_full_forward(encoder, ad
     size = encoder.tokenizer.get_vocab_size()
     net = network(adapter, vocabulary=size, action_tokens=encoder.action_tokens)
     lakes = random_lakes(5, np.random.default_rng(1), (2, 4), 2)
-    record = [[] for _ in lakes]
-
-    def watch(episode, state, q, by_model, action):
-        for i in np.flatnonzero(episode < 4):
-            record[i].append((int(episode[i]), int(state[i]), q[i].copy(), int(action[i])))
-
-    played = play(net, encoder, lakes, 4, np.random.default_rng(0), 4000, max_steps=30, watch=watch)
+    played, record = play(net, encoder, lakes, 4, np.random.default_rng(0), 4000, max_steps=30)
     assert len({sum(len(e.actions) for e in trial) for trial in played}) > 1  # the rows are ragged
     for trial, steps in zip(played, record):
-        assert [e for e, *_ in steps] == [i for i, e in enumerate(trial) for _ in e.actions]
-        assert [a for *_, a in steps] == np.concatenate([e.actions for e in trial]).tolist()
         text = "".join(encoder.text(e) for e in trial)
         tokens = torch.tensor([encoder.tokenizer.encode(text, add_special_tokens=False).ids])
         words = torch.isin(tokens[0], torch.as_tensor(encoder.action_tokens))
         positions = torch.nonzero(words).T - 1
         q = net(tokens, positions)[0].detach().numpy()
-        np.testing.assert_allclose(np.stack([q for *_, q, _ in steps]), q, atol=1e-4)
+        np.testing.assert_allclose(np.stack(steps), q, atol=1e-4)
         assert q.std() > 0.1  # or else the comparison would say little
 
 
 def test_a_full_context_forgets_its_oldest_whole_episodes():
     """Each Q-value is that of the newest episodes that had room, counted anew here, row by row."""
-    net, context, record = network(), 180, []
+    net, context = network(), 180
     lakes = [Lake(("SFF", "FFF", "FFG")), Lake(("SFG",)), Lake(("SFF", "FHF", "FFG"))]
-    played = play(
-        net, ENCODER, lakes, 12, np.random.default_rng(0), context, lambda e: 0.0, max_steps=40,
-        watch=lambda episode, state, q, *rest: record.append((episode.copy(), q.copy())),
-    )  # fmt: skip
+    played, record = play(net, ENCODER, lakes, 12, np.random.default_rng(0), context, lambda e: 0 * e, max_steps=40)
     forgotten = []
     for i, trial in enumerate(played):
         ids = [ENCODER.join(np.array([ENCODER.messages(e)]))[0][0] for e in trial]
-        steps = [q[i] for episode, q in record if episode[i] < 12]
+        steps = record[i]
         first = step = 0  # the oldest episode in the context, worked out anew
         for number, e in enumerate(trial):
             for k in range(len(e.actions)):
                 tokens = np.concatenate([*ids[first:number], ids[number][: 2 * k + 1]])
                 if len(tokens) > context:
-                    running = 2 * k  # without the tile that is fed next
-                    first = number
-                    while first and running + sum(map(len, ids[first - 1 : number])) <= 3 * context // 4:
+                    # what is fed next: the last action and its tile, or that, reward or cut, end, and the first tile
+                    chunk = 2 if k else 4 + int(trial[number - 1].total > 0 or trial[number - 1].truncated)
+                    limit = min(3 * context // 4, context - chunk)
+                    first = number if k else number - 1
+                    while first and sum(map(len, ids[first - 1 : number])) + 2 * k + 1 - chunk <= limit:
                         first -= 1
                     tokens = np.concatenate([*ids[first:number], ids[number][: 2 * k + 1]])
                 q = net(torch.from_numpy(tokens)[None], torch.tensor([[len(tokens) - 1]]))[0, 0].detach().numpy()
@@ -406,7 +417,7 @@ def test_playing_is_legal_and_changes_no_weight():
     net = network()
     digest = lambda: hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()  # noqa: E731
     before, lakes = digest(), random_lakes(20, np.random.default_rng(3))
-    played = play(net, ENCODER, lakes, 6, np.random.default_rng(0), 512)
+    played, _ = play(net, ENCODER, lakes, 6, np.random.default_rng(0), 512)
     assert digest() == before
     for lake, trial in zip(lakes, played):
         assert len(trial) == 6
@@ -416,7 +427,7 @@ def test_playing_is_legal_and_changes_no_weight():
 def test_the_first_episodes_are_uniformly_random():
     """With probability 0 the network's opinion does not matter: the return is a random player's."""
     lakes = random_lakes(300, np.random.default_rng(5), (3, 3), 2)
-    played = play(network(), ENCODER, lakes, 2, np.random.default_rng(0), 512)
+    played, _ = play(network(), ENCODER, lakes, 2, np.random.default_rng(0), 512)
     actions = np.concatenate([e.actions for trial in played for e in trial])
     np.testing.assert_allclose(np.bincount(actions, minlength=4) / len(actions), 0.25, atol=0.03)
     env = FrozenLake(lakes, np.random.default_rng(1))
@@ -434,10 +445,10 @@ def test_cache_rows_of_finished_trials_do_not_disturb_the_others():
     """Playing lakes together or alone, without coins and with a single start each: the same episodes."""
     net = network(seed=4)
     lakes = [lake for lake in random_lakes(60, np.random.default_rng(8), (3, 4), 2) if "".join(lake.rows).count("S") == 1][:8]
-    together = play(net, ENCODER, lakes, 5, np.random.default_rng(0), 512, lambda e: 1.0, max_steps=25)
+    together, _ = play(net, ENCODER, lakes, 5, np.random.default_rng(0), 512, np.ones_like, max_steps=25)
     assert len({sum(len(e.actions) for e in trial) for trial in together}) > 2  # they end at different times
     for lake, trial in zip(lakes, together):
-        (alone,) = play(net, ENCODER, [lake], 5, np.random.default_rng(9), 512, lambda e: 1.0, max_steps=25)
+        ((alone,), _) = play(net, ENCODER, [lake], 5, np.random.default_rng(9), 512, np.ones_like, max_steps=25)
         assert [e.actions.tolist() for e in alone] == [e.actions.tolist() for e in trial]
 
 

@@ -24,7 +24,7 @@ from icrl import COMPACT_TEMPLATE, Encoder, compact_tokenizer, load_run
 
 ROOT = Path(__file__).parent.parent
 SMALL = """--layers 1 --width 16 --heads 2 --feed-forward 24 --lakes 24 --episodes 40 --collection-steps 5 --tokens 96
-    --max-steps 20 --batch 4 --steps 24 --sides 3 4 --min-hops 3 --held-out 20 --trials 10 --checkpoint-every 3
+    --max-steps 20 --batch 4 --steps 24 --sides 3 4 --min-hops 3 --trials 10 --checkpoint-every 3
     --look-every 8"""
 SMALL = SMALL.split()
 
@@ -75,7 +75,7 @@ def test_training_moves_every_weight_and_the_loss_falls():
     """In two hundred steps: the TD loss ends below where it began, and the delayed network has followed."""
     recipe = train.Recipe(
         layers=1, width=32, heads=2, feed_forward=64, lakes=40, episodes=40, collection_steps=20, tokens=96, max_steps=20,
-        batch=8, steps=200, sides=(3, 3), min_hops=2, easy_until=0.0, held_out=10, learning_rate=3e-3,
+        batch=8, steps=200, sides=(3, 3), min_hops=2, easy_until=0.0, learning_rate=3e-3,
     )  # fmt: skip
     encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
     training = train.Training(recipe, train.new_network(recipe, encoder))
@@ -91,7 +91,7 @@ def test_training_moves_every_weight_and_the_loss_falls():
 def test_the_screen_shows_progress_and_the_curve(finished):
     """A look at unseen lakes while training; at the end a plot and a table of all players."""
     text = (finished / "stdout.txt").read_text()
-    assert len(re.findall(r"step (8|16): mean return on 20 unseen lakes", text)) == 2
+    assert len(re.findall(r"step (8|16): mean return on 32 unseen lakes", text)) == 2
     for player in evaluation.PLAYERS:
         assert player in text
     assert "curve.csv" in text
@@ -164,23 +164,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_no_training_lake_is_a_test_lake():
-    """The held-out lakes are left out of every collection; without the exclusion some would be in it."""
-    recipe = train.Recipe(
-        sides=(3, 3), min_hops=2, easy_until=0.0, lakes=400, held_out=300, episodes=20, collection_steps=1, batch=1
-    )
-    held_out = set(evaluation.held_out_lakes(300, (3, 3), 2))
+    """Neither easy nor other lakes of a collection are; unasked, some would be among so many."""
+    recipe = train.Recipe(sides=(3, 3), min_hops=3, lakes=400, episodes=20, collection_steps=100, batch=1, steps=1000)
     drawn = []
     original = train.random_lakes
-    train.random_lakes = lambda *args: drawn.extend(lakes := original(*args)) or lakes
+    train.random_lakes = lambda *args, **settings: drawn.extend(lakes := original(*args, **settings)) or lakes
     try:
         stream = train.batches(recipe, Encoder(compact_tokenizer(), COMPACT_TEMPLATE), 0)
-        for _ in range(3):
+        for _ in range(201):
             next(stream)
     finally:
         train.random_lakes = original
     assert len(drawn) == 1200
-    assert not held_out & set(drawn)
-    assert held_out & set(random_lakes(1200, np.random.default_rng(0), (3, 3), 2))
+    assert not any(lake.is_test for lake in drawn)
+    assert any(lake.is_test for lake in random_lakes(400, np.random.default_rng(0), (3, 3), 2))
+    assert all(lake.is_test for lake in evaluation.test_lakes(300, (3, 3), 2))
 
 
 def test_evaluation_replays_the_run_and_changes_no_file_of_it(finished, tmp_path):
@@ -292,7 +290,7 @@ def test_bad_input_ends_with_one_sentence(finished, tmp_path):
     refused(run("train.py", *SMALL, "--gamma", 1.5, *new), "--gamma has to be between 0 and 1")
     refused(run("train.py", *SMALL, "--quality", "best", *new), "--quality is high, mid or low")
     refused(run("train.py", *SMALL, "--heads", 3, *new), "--width 16")
-    refused(run("train.py", *SMALL, "--trials", 21, *new), "20 lakes aside")
+    refused(run("train.py", *SMALL, "--trials", 0, *new), "--trials have to be at least 1")
     refused(run("train.py", "--adapter", "ia3", *new), "--model")
     refused(run("train.py", "--resume", finished, "--steps", 5), "leave out --steps")
     refused(run("train.py", "--model", finished, "--width", 8, *new), "leave out --width")
@@ -302,7 +300,7 @@ def test_bad_input_ends_with_one_sentence(finished, tmp_path):
     refused(run("train.py", *SMALL, "--device", "cuda", *new), "no device 'cuda'")
     assert not (tmp_path / "new").exists()  # a refused run leaves nothing behind
     refused(run("train.py", *SMALL, "--out", finished), "is not empty")
-    refused(run("eval.py", finished, "--trials", 21), "20 lakes aside")
+    refused(run("eval.py", finished, "--trials", 0), "at least one trial")
     refused(run("eval.py", finished, "--context", 10, "--trials", 1), "10 tokens of context are too few")
     (tmp_path / "file").write_text("")
     refused(run("train.py", *SMALL, "--out", tmp_path / "file" / "run"), "file")
