@@ -18,7 +18,7 @@ import torch
 
 from frozen_lake import ACTIONS, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ, draw, random_lakes, roll_out
 from ia3 import replacing
-from icrl import Encoder, InContext, QNetwork, explain, load_run, model_probability
+from icrl import Encoder, InContext, QNetwork, explain, load_run, model_probability, play
 
 EPISODES = 30
 TEST_SEED = 2501_14176
@@ -50,17 +50,14 @@ def unseen(network: QNetwork, encoder: Encoder, lakes: list[Lake], recipe: dict,
 
     Of the run's recipe it takes `tokens`, the limit of the context, and `max_steps`.
     """
-    players = {
-        TRANSFORMER: lambda env, rng: InContext(network, encoder, env, rng, recipe["tokens"]),
-        "systematic explorer": Explorer,
-        "tabular Q-learning": lambda env, rng: TabularQ(env, rng, model_probability),
-        "uniform random": RandomPlayer,
-    }
-    returns = {}
-    for name in players if with_references else [TRANSFORMER]:
-        rng = np.random.default_rng(seed)  # each its own, so that no curve depends on another player's games
-        env = FrozenLake(lakes, rng, max_steps=recipe["max_steps"])
-        returns[name] = returns_of(roll_out(env, players[name](env, rng), EPISODES))
+    rng, max_steps = np.random.default_rng(seed), recipe["max_steps"]
+    returns = {TRANSFORMER: returns_of(play(network, encoder, lakes, EPISODES, rng, recipe["tokens"], max_steps))}
+    tabular = lambda env, rng: TabularQ(env, rng, model_probability)  # noqa: E731
+    references = {"systematic explorer": Explorer, "tabular Q-learning": tabular, "uniform random": RandomPlayer}
+    for name, player in references.items() if with_references else ():
+        rng = np.random.default_rng(seed)  # its own, so that its curve does not depend on the network's games
+        env = FrozenLake(lakes, rng, max_steps=max_steps)
+        returns[name] = returns_of(roll_out(env, player(env, rng), EPISODES))
     return returns
 
 

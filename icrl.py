@@ -6,7 +6,7 @@ What is here, in the order in which data flows
     QNetwork                a Llama read as Q(tau, a): the logits of the action words before the action (section 3)
     td_targets, td_loss     equations 4, 6 and 7: Double DQN at the action tokens
     polyak_update           equation 8: the delayed network follows the online one
-    InContext               the network as a player: one growing context a trial, no weight changes (section 4.2)
+    InContext, play         the network as a player: one growing context a trial, no weight changes (section 4.2)
     save_network, load_run  a run's folder
 
 Departures from the paper: the argmax is over the action words, not the whole vocabulary; COMPACT_TEMPLATE leaves out the role
@@ -17,8 +17,9 @@ Shapes: B batch, T tokens, N action positions, A actions; N is also the number o
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from frozen_lake import ACTIONS, Episode, FrozenLake, Step
+from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake, Step, roll_out
 from ia3 import IA3, replacing
-from llama import KVCache, Llama, load_llama
+from llama import KVCache, Llama, free_memory, load_llama, load_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------- transcript to tokens
@@ -38,6 +39,7 @@ from llama import KVCache, Llama, load_llama
 class Template:
     """How an episode is written. `{}` stands for the tile number, the action word or the reward."""
 
+    name: str
     begin: str  # before the first observation
     observation: str
     prompt: str  # before an action word; Q-values are read at the last token before the word
@@ -47,7 +49,8 @@ class Template:
     end: str
 
 
-LLAMA_TEMPLATE = Template(  # the paper's (its notebook), about ten tokens a step; train.py's small model takes the next one
+LLAMA_TEMPLATE = Template(  # the paper's (its notebook), about ten tokens a step
+    name="Llama 3's markers",
     begin="<|begin_of_text|>",
     observation="<|start_header_id|>observation<|end_header_id|>{}<|eot_id|>",
     prompt="<|start_header_id|>action<|end_header_id|>",
@@ -56,8 +59,37 @@ LLAMA_TEMPLATE = Template(  # the paper's (its notebook), about ten tokens a ste
     cut="<|start_header_id|>edit<|end_header_id|>...<|eot_id|>",
     end="<|end_of_text|>",
 )
-COMPACT_TEMPLATE = Template("", "{} ", "", "{} ", "{} ", "... ", "<|end_of_text|> ")  # two tokens a step
+CHATML_TEMPLATE = Template(
+    name="ChatML's markers",
+    begin="",
+    observation="<|im_start|>observation\n{}<|im_end|>\n",
+    prompt="<|im_start|>action\n",
+    action="{}<|im_end|>\n",
+    reward="<|im_start|>reward\n{}<|im_end|>\n",
+    cut="<|im_start|>edit\n...<|im_end|>\n",
+    end="<|endoftext|>",
+)
+SENTENCE_TEMPLATE = Template(  # for tokenizers with no other markers than these two
+    name="<s> and </s>",
+    begin="<s>",
+    observation="observation</s>{}</s>",
+    prompt="action</s>",
+    action="{}</s>",
+    reward="reward</s>{}</s>",
+    cut="edit</s>...</s>",
+    end="</s>",
+)
+COMPACT_TEMPLATE = Template("two tokens a step", "", "{} ", "", "{} ", "{} ", "... ", "<|end_of_text|> ")
 MAX_TILES = 100  # a lake has at most 10 x 10
+
+
+def choose_template(tokenizer: Tokenizer) -> Template:
+    """The first template whose markers the vocabulary has. Raises ValueError if it has none's."""
+    for template in (LLAMA_TEMPLATE, CHATML_TEMPLATE, SENTENCE_TEMPLATE, COMPACT_TEMPLATE):
+        markers = re.findall(r"<[^<> ]+>", "".join(astuple(template)[1:]))
+        if all(tokenizer.token_to_id(marker) is not None for marker in markers):
+            return template
+    raise ValueError("This tokenizer has neither the markers of Llama 3 nor ChatML's, nor <s> and </s>: take another model.")
 
 
 def compact_tokenizer() -> Tokenizer:
@@ -74,11 +106,15 @@ OBSERVATION = ACTION + len(ACTIONS)
 
 
 class Encoder:
-    """Turns messages into tokens by table: each message was tokenized once, a transcript is their concatenation."""
+    """Turns messages into tokens by table: each message was tokenized once, a transcript is their concatenation.
 
-    def __init__(self, tokenizer: Tokenizer, template: Template):
-        self.tokenizer, self.template = tokenizer, template
-        t = template
+    Raises ValueError if an action word is not a single token, or if the tokenizer, given a whole transcript, would not cut
+    it where its messages end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template | None = None):
+        self.tokenizer, self.template = tokenizer, template or choose_template(tokenizer)
+        t = self.template
         self.texts = ["", t.begin, t.prompt, t.reward.format(1.0), t.cut, t.end]
         self.texts += [t.action.format(a) for a in ACTIONS] + [t.observation.format(s) for s in range(MAX_TILES)]
         pieces = [tokenizer.encode(text, add_special_tokens=False).ids for text in self.texts]
@@ -89,7 +125,18 @@ class Encoder:
         self.action_tokens = self.table[ACTION : ACTION + len(ACTIONS), 0]  # (A,)
         for word, token in zip(ACTIONS, self.action_tokens):
             if tokenizer.encode(word, add_special_tokens=False).ids != [token]:
-                raise ValueError(f"The action word {word!r} is not a single token of this tokenizer: use another tokenizer.")
+                raise ValueError(f"The action word {word!r} is not a single token of this tokenizer: take another model.")
+        self._check_joints()
+
+    def _check_joints(self) -> None:
+        """Tokenize every message beside every other that it can stand beside, and compare with the table."""
+        messages = []
+        for tile in range(OBSERVATION, len(self.texts)):
+            steps = [m for action in range(ACTION, OBSERVATION) for m in (PROMPT, action, tile)]
+            messages += [BEGIN, tile, *steps, REWARD, END, BEGIN, tile, CUT, END, BEGIN, tile, END]
+        text = "".join(self.texts[m] for m in messages)
+        if self.tokenizer.encode(text, add_special_tokens=False).ids != self.join(np.array([messages]))[0][0].tolist():
+            raise ValueError("This tokenizer does not cut a transcript where its messages end: take another model.")
 
     def messages(self, episode: Episode) -> list[int]:
         """The message numbers of an episode, in order."""
@@ -136,6 +183,10 @@ class Batch:
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Parts of at most `size` slices."""
+        return [Batch(*parts) for parts in zip(*(getattr(self, f.name).split(size) for f in fields(self)))]
 
 
 def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, gamma: float, gamma_episode: float = 0.0) -> Batch:
@@ -202,12 +253,14 @@ class QNetwork(nn.Module):
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
         if adapter is not None:
             adapter.check_fits(llama.config)
+            self.register_buffer("action_rows", llama.vocabulary[self.action_tokens].float(), persistent=False)  # (A, D)
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Q-values (B, N, A), float32, at the given positions (B, N) of tokens (B, T)."""
         hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
         hidden = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))  # (B, N, D)
-        return F.linear(hidden.float(), self.llama.vocabulary[self.action_tokens].float())
+        rows = self.llama.vocabulary[self.action_tokens].float() if self.adapter is None else self.action_rows
+        return F.linear(hidden.float(), rows)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer changes: the adapter's vectors, or without an adapter every weight."""
@@ -235,13 +288,16 @@ def td_targets(q_online: Tensor, q_delayed: Tensor, rewards: Tensor, discounts: 
         return rewards + discounts * F.pad(value[:, 1:], (0, 1))
 
 
-def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor, normalised: bool = False) -> Tensor:
     """L = E[(y - Q_theta(tau_t, a_t))^2] over the action positions in `mask`                                  (equation 7)
 
-    q_online (B, N, A); actions, targets, mask (B, N); returns a scalar.
+    q_online (B, N, A); actions, targets, mask (B, N); returns a scalar. Normalised, as in the notebook: the error is divided
+    by the mean target of its row before it is squared.
     """
-    q = q_online.gather(-1, actions[..., None]).squeeze(-1)  # (B, N)
-    return (targets - q)[mask].square().mean()
+    error = targets - q_online.gather(-1, actions[..., None]).squeeze(-1)  # (B, N)
+    if normalised:
+        error = error / ((targets * mask).sum(1) / mask.sum(1))[:, None]
+    return error[mask].square().mean()
 
 
 @torch.no_grad()
@@ -337,13 +393,37 @@ class InContext:
         self.cache.replace(self._tensor(rows), fresh)
         self.lengths[trials] = counts
 
+    @staticmethod
+    def slots(encoder: Encoder, context: int) -> int:
+        """Slots of the cache for one trial: the context, and the padding of a chunk."""
+        return context + 8 * encoder.table.shape[1]
+
     def _new_cache(self, rows: int) -> KVCache:
-        slots = self.context + 8 * self.encoder.table.shape[1]  # room for the padding of a chunk
-        llama = self.network.llama
+        llama, slots = self.network.llama, self.slots(self.encoder, self.context)
         return KVCache(llama.config, rows, slots, llama.vocabulary.dtype, self.network.action_tokens.device)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.network.action_tokens.device)
+
+
+def play(
+    network: QNetwork,
+    encoder: Encoder,
+    lakes: Sequence[Lake],
+    episodes: int,
+    rng: np.random.Generator,
+    context: int,
+    max_steps: int = MAX_STEPS,
+    probability: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> list[list[Episode]]:
+    """One trial a lake, as many side by side as memory has room for; [trial][episode]."""
+    vocabulary, played = network.llama.vocabulary, []
+    one = KVCache(network.llama.config, 1, InContext.slots(encoder, context), vocabulary.dtype, "meta")
+    size = max(1, int(0.8 * free_memory(vocabulary.device) / (one.keys.nbytes + one.values.nbytes)))
+    for first in range(0, len(lakes), size):
+        env = FrozenLake(lakes[first : first + size], rng, max_steps=max_steps)
+        played += roll_out(env, InContext(network, encoder, env, rng, context, probability), episodes)
+    return played
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
@@ -356,29 +436,30 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def save_network(folder: Path, network: QNetwork) -> None:
-    """Write what was trained: model.safetensors, or with an adapter PEFT's two files."""
+def save_network(folder: Path, network: QNetwork, base: str = "") -> None:
+    """Write what was trained: model.safetensors, or with an adapter PEFT's two files, which name its base."""
     if network.adapter is not None:
-        return network.adapter.save(folder)
+        return network.adapter.save(folder, base)
     with replacing(folder / "model.safetensors") as temporary:
         save_file(network.llama.state_dict(), temporary, metadata={"format": "pt"})
 
 
+def read_recipe(folder: str | Path) -> dict | None:
+    """The recipe of a run of train.py, or None if the folder holds no run."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())["icrl"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def load_run(folder: str | Path, device: str = "cpu") -> tuple[QNetwork, Encoder, dict]:
     """The network, the encoder and the recipe (a dict) of a run's folder. Raises ValueError, in one sentence, if it is none."""
-    folder = Path(folder)
-    try:
-        recipe = json.loads((folder / "config.json").read_text())["icrl"]
-        adapted, base = recipe["adapter"] == "ia3", recipe["model"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is no run of train.py: its config.json with the recipe is missing or foreign.") from error
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # what the tokenizers library raises has no class of its own
-        raise ValueError(f"{folder / 'tokenizer.json'} is missing or damaged: {error}.") from error
-    encoder = Encoder(tokenizer, COMPACT_TEMPLATE)
-    if adapted:
-        network = QNetwork(load_llama(base), encoder.action_tokens, IA3.load(folder))
+    if (recipe := read_recipe(folder)) is None:
+        raise ValueError(f"{folder} is no run of train.py: its config.json with the recipe is missing or foreign.")
+    encoder = Encoder(load_tokenizer(folder))
+    if recipe["adapter"] == "ia3":
+        llama = load_llama(recipe["model"], getattr(torch, recipe["dtype"]), device, recipe["revision"])
+        network = QNetwork(llama, encoder.action_tokens, IA3.load(folder))
     else:  # a copy in memory of its own, since the file's memory map is aligned differently, which can change the last bits
         network = QNetwork(copy.deepcopy(load_llama(folder)), encoder.action_tokens)
     return network.to(device), encoder, recipe

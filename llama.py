@@ -4,7 +4,8 @@ What is here
     LlamaConfig     the shape, in the words of a Hugging Face config.json
     Llama           embedding, L decoder layers (RMSNorm, RoPE, grouped-query attention, SwiGLU), final RMSNorm
     KVCache         keys and values of past tokens, one length per row, so that rows of different lengths advance together
-    load_llama      a checkpoint folder (config.json, model.safetensors) becomes a Llama
+    load_config, load_llama, load_tokenizer
+                    a checkpoint, in a local folder or on the Hugging Face Hub, becomes a Llama and its tokenizer
 
 Part of the paper: section 3 takes Llama 3.1 8B Instruct as it is, and so does this file: module names are those of the
 official checkpoint (`model.layers.3.self_attn.k_proj.weight`) and the arithmetic is that of transformers' LlamaForCausalLM.
@@ -15,18 +16,33 @@ delayed network can share one frozen base.
 Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads, hd head size, I feed-forward.
 """
 
+import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# settings that only some checkpoints have, and the one value of each that is implemented
+IMPLEMENTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "rope_interleaved": False,
+    "pretraining_tp": 1,
+}
 LLAMA3_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -66,7 +82,7 @@ class LlamaConfig:
         if not isinstance(config, dict) or config.get("model_type") != "llama":
             kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"Only checkpoints of model_type llama are implemented, but this one is {kind!r}.")
-        for key, implemented in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("pretraining_tp", 1)):
+        for key, implemented in IMPLEMENTED.items():
             if config.get(key, implemented) != implemented:
                 raise ValueError(f"A Llama with {key} = {config[key]!r} is not implemented, only {implemented!r} is.")
         if config.get("quantization_config"):
@@ -249,6 +265,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # keep only each layer's input for the backward pass, and compute the rest once more there
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -274,42 +291,158 @@ class Llama(nn.Module):
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B or 1, 1, T, hd / 2) float32
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, i, rope, adapter, cache, positions, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, i, rope, adapter, cache, positions, mask, use_reentrant=False)
+            else:
+                x = layer(x, i, rope, adapter, cache, positions, mask)
         return self.model.norm(x)
 
 
-def load_llama(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
-    """The Llama of a checkpoint folder. Raises ValueError, in one sentence, if the folder holds no whole one.
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+class MissingFile(ValueError):
+    """A checkpoint has no such file."""
 
-    Built on the meta device, so that the weights exist once, as they come from the file, if `dtype` is the file's.
+
+def fetch(source: str | Path, file: str, revision: str | None = None) -> Path:
+    """Where a file of a checkpoint is: in the local folder `source`, or in the cache of the Hub's repository `source`.
+
+    What the cache lacks is downloaded first; a download that breaks off is taken up again, and what arrives is checked
+    against the Hub's SHA-256. Raises ValueError, in one sentence, for whatever goes wrong, OSError if the disk is full.
     """
-    folder = Path(folder)
-    path = folder / "model.safetensors"
-    for file in (folder / "config.json", path):
-        if not file.is_file():
-            raise ValueError(f"{folder} is no checkpoint folder: it has no {file.name}.")
+    folder, revision = Path(source), revision or None
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise MissingFile(f"{folder} is no whole checkpoint: it has no {file}.")
+        return folder / file
+    cached = None
     try:
-        content = json.loads((folder / "config.json").read_text())
+        cached = try_to_load_from_cache(str(source), file, revision=revision)
+        if cached is _CACHED_NO_EXIST:
+            raise hub.EntryNotFoundError
+        path = Path(hf_hub_download(str(source), file, revision=revision))
+    except hub.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{source}"
+        raise ValueError(f"{source} is gated: ask for access at {page}, then log in by `hf auth login`.") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no folder {source} here and no such repository on the Hub that you may see: check the name, or log in by "
+            "`hf auth login` if it is private."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ValueError(f"{source} has no revision {revision!r} on the Hub: name a branch, a tag or a commit.") from error
+    except hub.LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{file} of {source} is neither in a folder of that name nor in the Hub's cache, and the Hub cannot be reached: "
+            "connect to the network, or name a local checkpoint folder."
+        ) from error
+    except hub.EntryNotFoundError as error:
+        raise MissingFile(f"The Hub's {source} has no {file}: choose a repository that has one.") from error
+    except hub.HFValidationError as error:
+        raise ValueError(f"{source} is neither a folder here nor a name that a repository of the Hub can have.") from error
+    except OSError as error:
+        if error.errno is not None:  # the disk's own trouble
+            raise
+        raise ValueError(f"{file} of {source} did not arrive whole ({str(error).splitlines()[0]}) Run it again.") from error
+    except Exception as error:  # of the Hub's HTTP library, which is another one from version to version
+        raise ValueError(f"{file} of {source} could not be downloaded ({error}): run it again to try once more.") from error
+    blob = path.resolve()
+    if cached is None and len(blob.name) == 64:  # the cache names large files by their SHA-256
+        with open(blob, "rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
+                blob.unlink()
+                raise ValueError(f"{file} of {source} arrived damaged and was deleted: run it again to download it anew.")
+    return path
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
     except ValueError as error:  # or not even text
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from error
-    config = LlamaConfig.from_dict(content)
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def load_config(source: str | Path, revision: str | None = None) -> tuple[LlamaConfig, str]:
+    """The shape of a checkpoint, and the commit that all of its files are taken from ("" for a local folder).
+
+    Raises as `fetch` and `LlamaConfig.from_dict` do.
+    """
+    path = fetch(source, "config.json", revision)
+    return LlamaConfig.from_dict(_read_json(path)), "" if Path(source).is_dir() else path.parent.name
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint, from its tokenizer.json. Raises ValueError, in one sentence, if that is damaged."""
+    path = fetch(source, "tokenizer.json", revision)
     try:
-        tensors = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or download it again.") from error
-    for name in [
-        n for n in tensors if n.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and n == "lm_head.weight")
-    ]:
-        del tensors[name]  # computed here, or the same as embed_tokens
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: half of all that there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def load_llama(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", revision: str | None = None
+) -> Llama:
+    """The Llama of a checkpoint: a local folder, or a repository of the Hub, in one safetensors file or in shards.
+
+    Built on the meta device; the files are memory-mapped and their tensors assigned, so that the weights exist once, as they
+    come from the files, if `dtype` is the files'. Raises ValueError or OSError, in one sentence, if the checkpoint is not
+    whole, not a Llama that is implemented, or too large; wherever the files permit it, before any weight is read.
+    """
+    config, revision = load_config(source, revision)
     with torch.device("meta"):
         llama = Llama(config)
     expected = llama.state_dict()
-    for what, names in (("lacks", expected.keys() - tensors.keys()), ("should not have", tensors.keys() - expected.keys())):
-        if names:
-            raise ValueError(f"{path} {what} {min(names)}" + (f" and {len(names) - 1} more." if len(names) > 1 else "."))
+    needed = sum(tensor.numel() for tensor in expected.values()) * dtype.itemsize
+    if needed > (free := free_memory(device)):
+        gigabytes = f"{needed / 1e9:.1f} GB as {dtype}, but {device} has only {free / 1e9:.1f} GB free"
+        raise ValueError(f"The weights of {source} take {gigabytes}: take a smaller model or type, or another device.")
+    try:
+        index = _read_json(fetch(source, "model.safetensors.index.json", revision))
+        shards = dict.fromkeys(index["weight_map"].values())  # each once, in order
+        _check_names(source, expected, index["weight_map"], config)
+    except MissingFile:
+        shards = ["model.safetensors"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model.safetensors.index.json of {source} has no weight_map of names and files.") from error
+    paths = [fetch(source, shard, revision) for shard in shards]
+    shapes = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and copy or download it again.") from error
+    _check_names(source, expected, shapes, config)
     for name, tensor in expected.items():
-        if tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(tensors[name].shape)}, where its config.json says {tuple(tensor.shape)}"
-            raise ValueError(f"{name} in {path} has the shape {shapes}.")
-    llama.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+        if tuple(shapes[name]) != tensor.shape:
+            raise ValueError(
+                f"{name} of {source} has the shape {tuple(shapes[name])}, where its config.json says {tuple(tensor.shape)}."
+            )
+    with tqdm(total=needed, unit="B", unit_scale=True, desc="Loading weights", delay=1, leave=False) as bar:
+        for path in paths:
+            with safe_open(path, "pt", device=str(device)) as file:
+                tensors = {n: file.get_tensor(n).to(dtype) for n in file.keys() if n in expected}  # noqa: SIM118
+            llama.load_state_dict(tensors, assign=True, strict=False)
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
     return llama
+
+
+def _check_names(source: str | Path, expected: dict, names: dict, config: LlamaConfig) -> None:
+    """Raises ValueError if a checkpoint's tensors are not those expected, but for what is computed or tied here."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    extra = {name for name in names.keys() - expected.keys() - tied if not name.endswith("rotary_emb.inv_freq")}
+    for what, which in (("lacks", expected.keys() - names.keys()), ("should not have", extra)):
+        if which:
+            raise ValueError(f"{source} {what} {min(which)}" + (f" and {len(which) - 1} more." if len(which) > 1 else "."))

@@ -2,7 +2,9 @@
 
     python train.py                                 a small Llama from random weights: no GPU, no account, no network
     python train.py --minutes 60                    the same for an hour
-    python train.py --adapter ia3 --model RUN       the paper's method in miniature: IA3 vectors on the frozen network of RUN
+    python train.py --model meta-llama/Llama-3.1-8B-Instruct    the paper: IA3 vectors on the frozen 8B, on one GPU
+    python train.py --model ... --plan              what that will need, without its weights
+    python train.py --model RUN                     the paper's method in miniature: IA3 vectors on the frozen network of RUN
     python train.py --resume RUN                    go on exactly where RUN was stopped
 
 Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
@@ -14,6 +16,7 @@ state.safetensors (all that --resume needs), log.csv, curve.csv, curve.png.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -30,10 +33,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
 from eval import TRANSFORMER, report, sparkline, test_lakes, unseen
-from frozen_lake import MAX_STEPS, FrozenLake, TabularQ, random_lakes, roll_out
+from frozen_lake import MAX_STEPS, Episode, FrozenLake, TabularQ, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
     COMPACT_TEMPLATE,
@@ -49,11 +53,12 @@ from icrl import (
     explain,
     load_run,
     polyak_update,
+    read_recipe,
     save_network,
     td_loss,
     td_targets,
 )
-from llama import Llama, LlamaConfig
+from llama import KVCache, Llama, LlamaConfig, free_memory, load_config, load_llama, load_tokenizer
 
 
 def setting(default, text: str):
@@ -66,7 +71,9 @@ class Recipe:
     """Everything that a run depends on. The defaults are the embedded model's; PAPER has the paper's."""
 
     # the network
-    model: str = setting("", "folder of a run whose network is the base (default: a new one with random weights)")
+    model: str = setting("", "base: a checkpoint folder, a run, or a repository of the Hub (default: random weights)")
+    revision: str = setting("", "branch, tag or commit of the Hub's repository (default: the newest)")
+    dtype: str = setting("float32", "type of the base's weights: float32, bfloat16 or float16")
     adapter: str = setting("none", "ia3, as with --model: train IA3 vectors on a frozen base; none: every weight")
     layers: int = setting(4, "decoder layers of a new network")
     width: int = setting(64, "model dimension of a new network")
@@ -92,6 +99,7 @@ class Recipe:
     gamma: float = setting(0.9, "discount within an episode")
     gamma_episode: float = setting(0.0, "discount across episodes of a set; the paper has none (0)")
     reward_scale: float = setting(1.0, "rewards are multiplied by it in the loss")
+    normalised: bool = setting(False, "divide TD errors by the mean target of their slice, as the notebook does")
     alpha: float = setting(0.1, "share of the online network in each Polyak step (eq. 8)")
     learning_rate: float = setting(3e-3, "AdamW's learning rate")
     muon_rate: float = setting(0.02, "Muon's learning rate for the layers' matrices; 0: AdamW for all, as in the paper")
@@ -101,6 +109,8 @@ class Recipe:
     weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates")
     clip: float = setting(1.0, "largest gradient norm; 0: any")
     seed: int = setting(0, "of weights and data")
+    at_once: int = setting(0, "slices that pass through the network together; 0: as many as memory has room for")
+    checkpointing: bool = setting(False, "with --at-once: keep only the layers' inputs, which takes less memory and more time")
 
     def __post_init__(self):
         for name in "layers width heads feed_forward lakes episodes collection_steps steps batch warm_up max_steps".split():
@@ -109,21 +119,26 @@ class Recipe:
         for name in "gamma gamma_episode alpha easy_until explore greedy decay_from final_rate".split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
-        for name in "clip learning_rate muon_rate weight_decay reward_scale seed".split():
+        for name in "clip learning_rate muon_rate weight_decay reward_scale seed at_once".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} has to be at least 0, but it is {getattr(self, name)}.")
         if self.quality not in QUALITY or self.adapter not in ("none", "ia3"):
             raise ValueError(f"--quality is high, mid or low and --adapter none or ia3, not {self.quality} and {self.adapter}.")
         if self.adapter == "ia3" and not self.model:
-            raise ValueError("IA3 needs a base to adapt: name the folder of a trained run with --model.")
+            raise ValueError("IA3 needs a base to adapt: name a trained run or a checkpoint with --model.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype is float32, bfloat16 or float16, not {self.dtype}.")
 
 
 EMBEDDED = Recipe()
-PAPER = Recipe(  # an IA3 run on a small base takes its optimiser from here
+PAPER = Recipe(  # for every base that is not a run of train.py
+    model="meta-llama/Llama-3.1-8B-Instruct",
+    dtype="bfloat16",
     adapter="ia3",
     min_hops=4,
     easy_until=0.0,
     lakes=250,
+    episodes=1500,  # so that 9,556 slices seldom repeat one
     collection_steps=955,  # all of them: one collection, one epoch of 9,556 slices
     steps=955,
     tokens=4096,
@@ -134,9 +149,8 @@ PAPER = Recipe(  # an IA3 run on a small base takes its optimiser from here
     warm_up=10,
     decay_from=1.0,
     clip=0.0,
-    model="meta-llama/Llama-3.1-8B-Instruct",
 )
-OF_THE_METHOD = "adapter learning_rate muon_rate warm_up decay_from clip".split()  # what IA3 takes from PAPER on any base
+OF_THE_METHOD = "adapter learning_rate muon_rate warm_up decay_from clip".split()  # what IA3 on a run takes from PAPER
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -195,13 +209,112 @@ def new_network(recipe: Recipe, encoder: Encoder) -> QNetwork:
     return QNetwork(llama, encoder.action_tokens)
 
 
-def based_network(recipe: Recipe) -> tuple[QNetwork, Encoder]:
-    """The network of the run `recipe.model`, to be trained further; with IA3 its weights are frozen."""
-    base, encoder, _ = load_run(recipe.model)
-    if base.adapter is not None:
-        raise ValueError(f"{recipe.model} is itself an adapter: name the run with its base.")
-    adapter = IA3.for_llama(base.llama.config) if recipe.adapter == "ia3" else None
-    return QNetwork(base.llama, encoder.action_tokens, adapter), encoder
+def based_network(recipe: Recipe, encoder: Encoder, device: str) -> QNetwork:
+    """The network of the checkpoint `recipe.model`, to be trained further; with IA3 its weights are frozen."""
+    llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
+    if recipe.adapter == "none":
+        return QNetwork(copy.deepcopy(llama), encoder.action_tokens)  # the file's memory map is not written to
+    return QNetwork(llama, encoder.action_tokens, IA3.for_llama(llama.config)).to(device)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+@dataclass(frozen=True)
+class Plan:
+    """What training and playing need, in bytes unless it says otherwise, without reading or computing anything."""
+
+    frozen: int  # parameters
+    trained: int  # parameters
+    weights: int  # frozen ones
+    learning: int  # theta, phi, gradient and AdamW's two moments of what is trained, fp32
+    activations: int  # kept of one slice for the backward pass
+    checkpointed: int  # the same with checkpointing: the layers' inputs, and what is outside of the layers
+    layers: int
+    cache: int  # keys and values of one trial that fills its context
+    forward_flops: int  # a token, on average over a slice
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: LlamaConfig) -> "Plan":
+        """Builds the network and passes one slice through it, all with fake tensors, and counts what autograd keeps."""
+        dtype, kept = getattr(torch, recipe.dtype), {}
+        tokens, positions = torch.zeros(1, recipe.tokens, dtype=torch.long), torch.arange(0, recipe.tokens, 2)[None]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            llama = Llama(config)
+            llama.load_state_dict({name: p.to(dtype) for name, p in llama.state_dict().items()}, assign=True)
+            network = QNetwork(llama, range(4), IA3.for_llama(config) if recipe.adapter == "ia3" else None)
+            weights = {p.untyped_storage()._cdata for p in network.parameters()}
+            for llama.checkpointing in (False, True):
+                storages = kept[llama.checkpointing] = {}
+                keep = lambda t, storages=storages: storages.setdefault(t.untyped_storage()._cdata, t)  # noqa: E731
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                    network(tokens, positions)
+            trained = sum(p.numel() for p in network.trained().values())
+            frozen = sum(p.numel() for p in network.parameters()) - trained
+            cache = KVCache(config, 1, recipe.tokens, dtype)
+        matrices = sum(p.numel() for p in network.llama.model.layers.parameters())
+        attention = 2 * recipe.tokens * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        return cls(
+            frozen=frozen,
+            trained=trained,
+            weights=frozen * dtype.itemsize,
+            learning=5 * 4 * trained,
+            activations=sum(t.untyped_storage().nbytes() for key, t in kept[False].items() if key not in weights),
+            checkpointed=sum(t.untyped_storage().nbytes() for key, t in kept[True].items() if key not in weights),
+            layers=config.num_hidden_layers,
+            cache=cache.keys.nbytes + cache.values.nbytes,
+            forward_flops=2 * matrices + attention,
+        )
+
+    def kept(self, checkpointing: bool) -> int:
+        """Bytes kept of one slice: all activations, or the layers' inputs and, one after the other, each layer's own."""
+        return self.checkpointed + self.activations // self.layers if checkpointing else self.activations
+
+    def step(self, slices: int, checkpointing: bool) -> int:
+        """Bytes at the height of an optimizer step, with a tenth more for what comes and goes within a layer."""
+        return self.weights + self.learning + int(1.1 * slices * self.kept(checkpointing))
+
+    def fit(self, free: int, batch: int) -> tuple[int, bool] | None:
+        """The fastest (slices at once, checkpointing) for a device with so many free bytes, or None."""
+        for checkpointing in (False, True):
+            for slices in range(batch, 0, -1):
+                if self.step(slices, checkpointing) <= 0.95 * free:
+                    return slices, checkpointing
+        return None
+
+    def text(self, recipe: Recipe) -> str:
+        """What --plan prints."""
+        passes = 3 if recipe.adapter == "ia3" else 4  # online, delayed, backward to activations, and to weights if trained
+        mib = lambda count: f"{count / 2**20:10,.0f} MiB"  # noqa: E731
+        lines = [
+            f"parameters              {self.trained:,} trained, {self.frozen:,} frozen",
+            f"frozen weights          {mib(self.weights)}  ({recipe.dtype})",
+            f"what is trained         {mib(self.learning)}  (online, delayed, gradient, two moments; float32)",
+            f"activations of a slice  {mib(self.activations)}  ({recipe.tokens:,} tokens)",
+            f"  with checkpointing    {mib(self.kept(True))}",
+            f"KV cache of a trial     {mib(self.cache)}  ({recipe.tokens:,} tokens)",
+            f"FLOPs a token           {self.forward_flops / 1e6:10,.0f} M  (a pass; training {passes}, checkpointing another)",
+        ]
+        for gigabytes in (8, 16, 24, 80):
+            free = int(gigabytes * 1e9 - 0.7e9)  # CUDA itself takes the rest
+            trials = int(0.8 * max(0, free - self.weights) / self.cache)
+            if fit := self.fit(free, recipe.batch):
+                how = f"{fit[0]} of {recipe.batch} slices at once{', checkpointing' if fit[1] else ''}"
+                lines.append(f"a GPU of {gigabytes:2} GB:  {how}; {trials} trials side by side")
+            else:
+                lines.append(f"a GPU of {gigabytes:2} GB:  too small")
+        return "\n".join(lines)
+
+
+def settle(recipe: Recipe, config: LlamaConfig, device: str) -> Recipe:
+    """The recipe with its memory settings chosen by what is free. Raises ValueError if nothing fits."""
+    if recipe.at_once or not recipe.model:
+        return recipe
+    plan, free = Plan.of(recipe, config), free_memory(device)
+    if (fit := plan.fit(free, recipe.batch)) is None:
+        needed = f"at least {plan.step(1, True) / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free"
+        raise ValueError(f"Training on {recipe.model} takes {needed}: take a smaller model or fewer --tokens.")
+    how = f"{fit[0]} of {recipe.batch} slices at once, {'with' if fit[1] else 'without'} activation checkpointing"
+    print(f"Memory: {free / 1e9:.1f} GB free on {device}, so {how} (--at-once, --checkpointing)")
+    return replace(recipe, at_once=fit[0], checkpointing=fit[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -209,6 +322,7 @@ class Training:
     """What changes while training: the online and the delayed network, the optimizers, and the number of steps done."""
 
     def __init__(self, recipe: Recipe, network: QNetwork):
+        network.llama.checkpointing = recipe.checkpointing
         self.recipe, self.online, self.delayed, self.step = recipe, network, network.delayed_copy(), 0
         trained = network.trained()
         matrices = [name for name in trained if recipe.muon_rate and ".layers." in name and trained[name].ndim == 2]
@@ -233,7 +347,7 @@ class Training:
         with torch.no_grad():
             q_delayed = self.delayed(batch.tokens, batch.positions)
         targets = td_targets(q, q_delayed, self.recipe.reward_scale * batch.rewards, batch.discounts)  # (B, N)
-        loss = td_loss(q, batch.actions, targets, batch.mask)
+        loss = td_loss(q, batch.actions, targets, batch.mask, self.recipe.normalised)
         if not torch.isfinite(loss):
             what = f"The loss is {loss.item()} after {self.step} steps"
             raise FloatingPointError(f"{what}: lower the learning rates; the last checkpoint is kept.")
@@ -242,11 +356,15 @@ class Training:
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step and one Polyak step; returns the row of log.csv."""
         r = self.recipe
-        loss, q, targets = self.evaluate(batch)
-        row = {"step": self.step + 1, "loss": loss.item(), "mean_q": q.mean().item(), "mean_target": targets.mean().item()}
-        row["learning_rate"] = r.learning_rate * self.schedule()
+        row = {"step": self.step + 1, "loss": 0.0, "mean_q": 0.0, "mean_target": 0.0}
         self.online.zero_grad()
-        loss.backward()
+        for part in batch.split(r.at_once or r.batch):
+            loss, q, targets = self.evaluate(part)
+            share = (part.mask.sum() / batch.mask.sum()).item()
+            (share * loss).backward()
+            for name, value in (("loss", loss), ("mean_q", q.mean()), ("mean_target", targets.mean())):
+                row[name] += share * value.item()
+        row["learning_rate"] = r.learning_rate * self.schedule()
         row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip or math.inf).item()
         for optimizer, rate in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate * self.schedule()
@@ -258,8 +376,8 @@ class Training:
     @torch.no_grad()
     def save(self, folder: Path, batch: Batch | None = None) -> None:
         """Write the state for --resume, as one file, and the network for use, if its loss on `batch` is finite."""
-        if batch is not None:
-            self.evaluate(batch)
+        for part in batch.split(self.recipe.at_once or self.recipe.batch) if batch else ():
+            self.evaluate(part)
         tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
         tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
         for number, (optimizer, _) in enumerate(self.optimizers):
@@ -267,7 +385,7 @@ class Training:
                 tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
         with replacing(folder / "state.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"step": str(self.step)})
-        save_network(folder, self.online)
+        save_network(folder, self.online, self.recipe.model)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -291,6 +409,7 @@ class Training:
             optimizer.load_state_dict(state)
 
 
+EXAMPLE = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]), truncated=False)
 LOG = ("step", "loss", "mean_q", "mean_target", "learning_rate", "gradient_norm")
 
 
@@ -338,6 +457,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--out", type=Path, help="folder of the run (default: the next free runs/NUMBER)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on where this run was stopped")
     parser.add_argument("--minutes", type=float, help="train for about so long: sets --steps by timing a few of them")
+    parser.add_argument("--plan", action="store_true", help="only print what the run will need, without reading weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--look-every", type=int, default=600, help="steps between looks at unseen lakes (default: %(default)s)")
@@ -346,7 +466,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     settings = parser.add_argument_group("recipe", defaults)
     for f in fields(Recipe):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + (f" (default: {f.default})" if f.default != "" else "")
-        if isinstance(f.default, tuple):
+        if isinstance(f.default, bool):
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(f.default, tuple):
             settings.add_argument(flag, type=int, nargs=2, metavar=("FEWEST", "MOST"), help=text)
         else:
             settings.add_argument(flag, type=type(f.default), help=text)
@@ -369,15 +491,21 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the flags ask for."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    recipe = EMBEDDED
-    if args.model:  # an IA3 run, unless it says otherwise, on its base's lakes
-        if changed := [name for name in "layers width heads feed_forward".split() if name in given]:
-            raise ValueError(f"A run on --model has its network's shape: leave out --{changed[0].replace('_', '-')}.")
-        given |= {"model": str(Path(args.model).resolve()), "adapter": args.adapter or "ia3"}
-        recipe = Recipe(**load_run(args.model)[2])
-        if given["adapter"] == "ia3":
-            given = {name: getattr(PAPER, name) for name in OF_THE_METHOD} | given
-    return replace(recipe, **given)
+    if not args.model:
+        return replace(EMBEDDED, **given)
+    if changed := [name for name in "layers width heads feed_forward".split() if name in given]:
+        raise ValueError(f"A run on --model has its network's shape: leave out --{changed[0].replace('_', '-')}.")
+    model = Path(args.model)
+    given |= {"model": str(model.resolve()) if model.is_dir() else args.model, "adapter": args.adapter or "ia3"}
+    if (base := read_recipe(model)) is None:
+        if given["adapter"] == "none" and args.learning_rate is None:
+            raise ValueError("To train all weights of a pretrained model, choose a --learning-rate: IA3's would ruin them.")
+        return replace(PAPER, **given)
+    if base["adapter"] == "ia3":
+        raise ValueError(f"{args.model} is itself an adapter: name the run with its base.")
+    if given["adapter"] == "ia3":
+        given = {name: getattr(PAPER, name) for name in OF_THE_METHOD} | given
+    return replace(Recipe(**base), **given)
 
 
 def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder, device: str) -> int:
@@ -396,21 +524,34 @@ def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder
     return max(1, int(60 * minutes / seconds))
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Print what the run that the flags ask for will need, by its config alone."""
+    recipe = recipe_of(args)
+    if recipe.model:
+        config, _ = load_config(recipe.model, recipe.revision)
+    else:
+        config = new_network(recipe, Encoder(compact_tokenizer())).llama.config
+    print(f"{recipe.model or 'The embedded model'}, {recipe.batch} slices of {recipe.tokens:,} tokens a step\n")
+    print(Plan.of(recipe, config).text(recipe))
+
+
 def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     """A new run: its folder with config.json and tokenizer.json, and its networks."""
     recipe = recipe_of(args)
     if recipe.model:
-        network, encoder = based_network(recipe)
+        config, revision = load_config(recipe.model, recipe.revision)
+        encoder = Encoder(load_tokenizer(recipe.model, revision))
+        recipe = settle(replace(recipe, revision=revision), config, args.device)
+        network = based_network(recipe, encoder, args.device)
     else:
         encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
-        network = new_network(recipe, encoder)
+        network = new_network(recipe, encoder).to(args.device)
     check_context(encoder, recipe.tokens, recipe.max_steps)
     for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
         random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
     folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}.")
-    network.to(args.device)
     if args.minutes is not None:
         recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
     training = Training(recipe, network)
@@ -437,12 +578,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser, args = parse(arguments)
     try:
         check_flags(args)
+        if args.plan:
+            return plan(args)
         folder, training, encoder = resume(args) if args.resume else begin(args)
         recipe = training.recipe
         count = sum(p.numel() for p in training.online.trained().values())
         total = sum(p.numel() for p in training.online.parameters())
         size = f"{recipe.steps:,} steps of {recipe.batch} x {recipe.tokens} tokens"
         print(f"Run {folder}: {count:,} trained of {total:,} parameters, {size}")
+        tokens = encoder.join(np.array([encoder.messages(EXAMPLE)]))[0][0].tolist()
+        print(f"An episode, as the model sees it ({encoder.template.name}): {encoder.text(EXAMPLE)!r}\n    tokens {tokens}")
         if not train(folder, training, encoder, args):
             print(f"Stopped at step {training.step}. To go on: python train.py --resume {folder}")
             sys.exit(130)

@@ -3,22 +3,25 @@
 import hashlib
 import itertools
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from frozen_lake import ACTIONS, Episode, FrozenLake, Lake, RandomPlayer, TabularQ, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
     COMPACT_TEMPLATE,
     LLAMA_TEMPLATE,
+    Batch,
     Encoder,
     InContext,
     QNetwork,
+    choose_template,
     collate,
     compact_tokenizer,
     draw_set,
@@ -33,14 +36,41 @@ from llama import KVCache, Llama, LlamaConfig
 ENCODER = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
 
 
-def llama_encoder() -> Encoder:
-    """The paper's template over a tokenizer that has Llama 3's markers as special tokens and splits text into words."""
-    words = ["<unk>", "observation", "action", "reward", "edit", "1.0", "...", *ACTIONS, *map(str, range(100))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    markers = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+WORDS = ["observation", "action", "reward", "edit", *ACTIONS, "1.0", "...", *map(str, range(100))]
+LLAMA3_MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML_MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3_SPLIT = (  # how Llama 3's tokenizer.json cuts text into words before it merges
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_tokenizer(markers: list[str], words: list[str] = WORDS) -> Tokenizer:
+    """A byte-level BPE as Llama 3's or SmolLM2's, trained on a few words."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(words * 20, trainer)
     tokenizer.add_special_tokens(markers)
-    return Encoder(tokenizer, LLAMA_TEMPLATE)
+    return tokenizer
+
+
+def sentence_tokenizer() -> Tokenizer:
+    """A tokenizer as Llama 2's or TinyLlama's: SentencePiece's underscore before every word, and no marker but <s> and </s>."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(WORDS * 20, trainer)
+    return tokenizer
+
+
+ENCODERS = {
+    "compact": ENCODER,
+    "Llama 3": Encoder(byte_tokenizer(LLAMA3_MARKERS)),
+    "ChatML": Encoder(byte_tokenizer(CHATML_MARKERS)),
+    "sentence": Encoder(sentence_tokenizer()),
+}
+every_encoder = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 
 
 def network(adapter: bool = False, seed: int = 0, vocabulary: int = 107, action_tokens=ENCODER.action_tokens) -> QNetwork:
@@ -84,13 +114,13 @@ def test_llama_template_is_the_notebooks_text():
         f"<|begin_of_text|>{header('observation')}2<|eot_id|>{header('action')}down<|eot_id|>{header('observation')}6<|eot_id|>"
         f"{header('action')}right<|eot_id|>{header('observation')}7<|eot_id|>{header('reward')}1.0<|eot_id|><|end_of_text|>"
     )
-    encoder = llama_encoder()
+    encoder = ENCODERS["Llama 3"]
     assert encoder.text(episode([2, 6, 7], [1, 2], paid=1.0)) == expected
     cut = encoder.text(episode([2, 6, 7], [1, 2], truncated=True))
     assert cut.endswith(f"7<|eot_id|>{header('edit')}...<|eot_id|><|end_of_text|>")
 
 
-@pytest.mark.parametrize("encoder", [ENCODER, llama_encoder()], ids=["compact", "llama"])
+@every_encoder
 def test_encoding_by_table_equals_tokenizing_the_whole_text(encoder):
     """Message by message or all at once: the same tokens."""
     _, played = played_lakes(2)
@@ -98,6 +128,34 @@ def test_encoding_by_table_equals_tokenizing_the_whole_text(encoder):
         tokens, counts = encoder.join(np.array([encoder.messages(e)]))
         assert tokens[0].tolist() == encoder.tokenizer.encode(encoder.text(e), add_special_tokens=False).ids
         assert counts[0] == tokens.shape[1]
+
+
+def test_the_template_follows_from_the_vocabulary():
+    """Llama 3's markers come first, then ChatML's, then <s> and </s>; without any the tokenizer is refused."""
+    assert {name: encoder.template.name for name, encoder in ENCODERS.items()} == {
+        "compact": "two tokens a step",
+        "Llama 3": "Llama 3's markers",
+        "ChatML": "ChatML's markers",
+        "sentence": "<s> and </s>",
+    }
+    assert choose_template(byte_tokenizer(CHATML_MARKERS + LLAMA3_MARKERS)) == LLAMA_TEMPLATE
+    with pytest.raises(ValueError, match="has neither the markers of Llama 3"):
+        Encoder(byte_tokenizer(["<|im_start|>", "<|eot_id|>"]))
+
+
+def test_an_action_word_of_several_tokens_is_refused():
+    """It would not be clear whose logit the Q-value is."""
+    with pytest.raises(ValueError, match="action word 'left' is not a single token"):
+        Encoder(byte_tokenizer(LLAMA3_MARKERS, words=["up", "down", "right"]))
+
+
+def test_a_tokenizer_that_joins_messages_is_refused():
+    """Tokens that reach over the end of a message would make a transcript's tokens other than its messages' tokens."""
+    tokenizer = byte_tokenizer(LLAMA3_MARKERS)
+    plain = replace(LLAMA_TEMPLATE, begin="", observation="{}", prompt=":", action="{}", reward="{}", cut="...", end="")
+    assert tokenizer.encode("12:left").ids != [i for text in ("1", "2", ":", "left") for i in tokenizer.encode(text).ids]
+    with pytest.raises(ValueError, match="does not cut a transcript where its messages end"):
+        Encoder(tokenizer, plain)
 
 
 def test_join_pads_rows_at_the_right():
@@ -283,6 +341,42 @@ def test_targets_and_loss_of_two_episodes_by_hand():
     torch.testing.assert_close(q_theta.grad[0], expected)
 
 
+def test_the_normalised_loss_by_hand():
+    """The notebook's reading: each error is divided by the mean target of its row, over the positions in the loss."""
+    q_theta = torch.zeros(2, 3, 4)
+    q_theta[0, :, 1], q_theta[1, :, 1] = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
+    y = torch.tensor([[2.0, 6.0, 9.0], [4.0, 7.0, 4.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    # row 0: mean target (2 + 6) / 2 = 4, errors (2 - 1) / 4 = 0.25, (6 - 2) / 4 = 1
+    # row 1: mean target (4 + 7 + 4) / 3 = 5, errors 0, (7 - 5) / 5 = 0.4, (4 - 6) / 5 = -0.4
+    # mean of squares: (0.0625 + 1 + 0 + 0.16 + 0.16) / 5 = 0.2765
+    loss = td_loss(q_theta, torch.ones(2, 3, dtype=torch.long), y, mask, normalised=True)
+    torch.testing.assert_close(loss, torch.tensor(0.2765))
+
+
+def test_a_batch_splits_into_parts_of_whole_slices():
+    """In order, the last part smaller, every field alike."""
+    batch = Batch(*(torch.arange(15).view(5, 3) for _ in fields(Batch)))
+    parts = batch.split(2)
+    assert [len(part.tokens) for part in parts] == [2, 2, 1]
+    for f in fields(Batch):
+        assert torch.equal(torch.cat([getattr(part, f.name) for part in parts]), getattr(batch, f.name))
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["every weight", "ia3"])
+def test_checkpointing_changes_no_value_and_no_gradient(adapter):
+    """Computing the layers once more in the backward pass gives the gradients that keeping everything gives."""
+    tokens, positions = torch.randint(0, 107, (2, 12)), torch.arange(0, 12, 2).expand(2, -1)
+    outcomes = []
+    for checkpointing in (False, True):
+        theta = network(adapter)
+        theta.llama.checkpointing = checkpointing
+        q = theta(tokens, positions)
+        q.square().mean().backward()
+        outcomes.append([q.detach()] + [p.grad for p in theta.trained().values()])
+    assert all(torch.equal(kept, computed) for kept, computed in zip(*outcomes))
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["every weight", "ia3"])
 def test_no_gradient_reaches_phi_and_only_theta_is_trained(adapter):
     """After a backward pass the trained part of theta has gradients; phi and a frozen base have none."""
@@ -363,7 +457,7 @@ def test_model_probability_is_the_papers_schedule():
     assert model_probability(np.arange(30)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("encoder", [ENCODER, llama_encoder()], ids=["compact", "llama"])
+@every_encoder
 @pytest.mark.parametrize("adapter", [False, True], ids=["no adapter", "ia3"])
 def test_playing_with_the_cache_gives_the_q_values_of_a_full_forward(encoder, adapter):
     """Ragged rows, fed in chunks as the trials go, against each trial's whole transcript in one pass: equal to 1e-4."""

@@ -4,6 +4,9 @@ import copy
 import functools
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama import KVCache, Llama, LlamaConfig, load_llama, rope_frequencies
+import llama as llama_module
+from llama import KVCache, Llama, LlamaConfig, load_llama, load_tokenizer, rope_frequencies
 
+ROOT = Path(__file__).parent.parent
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -385,6 +390,64 @@ def test_a_checkpoint_of_transformers_loads(changes, tmp_path):
     assert torch.equal(half.model.layers[1].mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight.bfloat16())
 
 
+OFFICIAL = {  # what distinguishes official checkpoints
+    "Llama 3.1": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3},
+    "Llama 3.2": {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 16},
+    "TinyLlama": {"num_key_value_heads": 1},
+    "SmolLM2": {"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 130_000.0},
+}
+
+
+@pytest.mark.parametrize("changes", OFFICIAL.values(), ids=OFFICIAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_sharded_checkpoints_in_every_type_load(changes, dtype, tmp_path):
+    """In three shards with an index: the weights are the saved ones, bit for bit, and so are the logits in fp32.
+
+    In half precision they differ from transformers' fp32 logits by no more than transformers' own in that precision.
+    """
+    saved, _ = twins(**changes)
+    saved = saved.to(dtype)
+    saved.save_pretrained(tmp_path, max_shard_size=sum(p.nbytes for p in saved.parameters()) // 2)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) == 3
+    assert not (tmp_path / "model.safetensors").exists()
+    theirs, exact = (transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=d) for d in (dtype, torch.float32))
+    ours, tokens = load_llama(tmp_path, dtype), random_tokens(2, 60)
+    assert all(torch.equal(weight, saved.state_dict()[name]) for name, weight in ours.state_dict().items())
+    expected = exact(tokens).logits
+    assert_same(logits(load_llama(tmp_path), tokens), expected)
+    if dtype != torch.float32:
+        error, their_error = (value.float() - expected for value in (logits(ours, tokens), theirs(tokens).logits))
+        assert 0 < error.square().mean() < 1.2 * their_error.square().mean()
+        assert 0 < error.abs().max() < 1.5 * their_error.abs().max()
+
+
+def test_loading_takes_no_more_memory_than_the_checkpoint(tmp_path):
+    """A checkpoint of 512 MiB in two shards, in a process of its own: its peak grows by less than that and a half GiB."""
+    config = LlamaConfig(1024, 2048, 8192, 4, 16, 8, 128)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Llama(config).state_dict().items()}
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert total > 400 * 2**20
+    names = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(names.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if names[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    program = f"""
+import resource, torch, llama
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+network = llama.load_llama({str(tmp_path)!r}, torch.bfloat16)
+print(peak() - before, sum(p.sum().item() for p in network.parameters()), peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded, total_of_weights, read = map(float, done.stdout.split())
+    assert total_of_weights == 0
+    assert loaded < 100 * 2**20  # memory-mapped: nothing is read before it is used
+    assert read < total + 2**29
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A whole checkpoint folder, for a test to damage."""
@@ -433,6 +496,42 @@ def test_weights_that_do_not_fit_the_config_are_refused(name, tensor, words, che
     tensors = {key: value.clone() for key, value in load_file(path).items() if key != name}
     save_file(tensors if tensor is None else tensors | {name: tensor}, path)
     assert re.search(words, refusal(load_llama, checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"model.norm.weight": "model-2.safetensors"}}, "lacks lm_head.weight and 19 more"),
+        ({}, "index.json .* has no weight_map"),
+        ([], "index.json .* has no weight_map"),
+    ],
+)
+def test_a_faulty_index_is_refused(index, words, checkpoint):
+    """An index that names too few tensors, or none at all, is refused before any shard is looked for."""
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert re.search(words, refusal(load_llama, checkpoint))
+
+
+def test_a_missing_shard_is_named(checkpoint):
+    """An index whose shard is not there."""
+    names = dict.fromkeys(load_file(checkpoint / "model.safetensors"), "model-2.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "has no model-2.safetensors" in refusal(load_llama, checkpoint)
+
+
+def test_weights_too_large_for_the_memory_are_refused_unread(checkpoint, monkeypatch):
+    """By the config alone: the weights are not even there."""
+    (checkpoint / "model.safetensors").unlink()
+    monkeypatch.setattr(llama_module, "free_memory", lambda device: 50_000)
+    assert re.search("take 0.0 GB as torch.float32, but cpu has only 0.0 GB free", refusal(load_llama, checkpoint))
+
+
+def test_a_tokenizer_is_missing_or_damaged(tmp_path):
+    """A checkpoint without tokenizer.json, and one with half of it."""
+    assert "has no tokenizer.json" in refusal(load_tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_unsupported_checkpoint_is_refused(checkpoint):
