@@ -93,7 +93,7 @@ class Recipe:
     quality: str = setting("mid", f"which episodes are likelier to be drawn (figure 6): {', '.join(QUALITY)}")
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
     # the optimisation
-    steps: int = setting(3800, "optimizer steps")
+    steps: int = setting(3400, "optimizer steps")
     tokens: int = setting(512, "tokens in a slice, T")
     batch: int = setting(8, "slices in a batch, B")
     gamma: float = setting(0.9, "discount within an episode")

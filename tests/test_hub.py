@@ -260,7 +260,7 @@ def refusal(answer: SimpleNamespace, kind: str = "ValueError") -> str:
     return answer.message
 
 
-IMPATIENT = "time.sleep = lambda seconds: None\n"
+IMPATIENT = "time.sleep = lambda seconds: None\n"  # between the tries of the library
 
 
 # ------------------------------------------------------------------------------------------------------ the repositories
@@ -367,18 +367,25 @@ def test_all_files_come_from_the_commit_of_the_config(hub, loads, sharded, singl
     assert {r.revision for r in others} == {commit}
 
 
-def test_a_broken_download_is_taken_up_where_it_stopped(hub, loads, sharded):
-    """After two breaks in one shard the rest alone is requested, by Range, and the weights are right."""
+def test_a_broken_download_is_taken_up_where_it_stopped(hub, call, loads, sharded):
+    """After two breaks in one shard only the rest is requested, by Range, be it in the same call or, if it asks for that,
+    in the next; the weights are right."""
     hub.push("tiny/llama", sharded.files)
     broken = sharded.shards()[1]
     size = len(sharded.files[broken])
     hub.cuts[broken] = iter([size // 3, 2 * size // 3])
     chunk = 1000  # the library's own is 10 MB: what arrived of the last chunk before a break is requested again
-    loads(sharded.weights, "tiny/llama", before=f"{IMPATIENT}constants.DOWNLOAD_CHUNK_SIZE = {chunk}")
-    gets = hub.gets(broken)
-    assert [r.start > 0 for r in gets] == [False, True, True]
+    quick = f"{IMPATIENT}constants.DOWNLOAD_CHUNK_SIZE = {chunk}"
+    gets = []
+    for _ in range(3):  # some versions of the library go on by themselves, others keep what they have for the next call
+        answer = call("load_llama", "tiny/llama", before=quick)
+        gets += hub.gets(broken)
+        if answer.error is None:
+            break
+        assert re.search("[Rr]un it again", refusal(answer))
+    loads(sharded.weights, "tiny/llama", HF_HUB_OFFLINE="1")
+    assert [r.start > 0 for r in gets if r.sent] == [False, True, True]
     assert size <= sum(r.sent for r in gets) <= size + 2 * chunk
-    assert all(len(hub.gets(shard)) == 1 for shard in sharded.shards() if shard != broken)
 
 
 @pytest.mark.parametrize("kind", ["sharded", "single"])
@@ -389,8 +396,8 @@ def test_without_a_network_the_cache_serves(kind, hub, call, loads, request):
     loads(made.weights, "tiny/llama")
     assert call("load_tokenizer", "tiny/llama").error is None
     for without in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": nobody()}):
-        loads(made.weights, "tiny/llama", **without)
-        assert call("load_tokenizer", "tiny/llama", **without).value == compact_tokenizer().to_str()
+        loads(made.weights, "tiny/llama", before=IMPATIENT, **without)
+        assert call("load_tokenizer", "tiny/llama", before=IMPATIENT, **without).value == compact_tokenizer().to_str()
         assert hub.requests == []
 
 
