@@ -306,19 +306,18 @@ class MissingFile(ValueError):
 def fetch(source: str | Path, file: str, revision: str | None = None) -> Path:
     """Where a file of a checkpoint is: in the local folder `source`, or in the cache of the Hub's repository `source`.
 
-    What the cache lacks is downloaded first; a download that breaks off is taken up again, and what arrives is checked
-    against the Hub's SHA-256. Raises ValueError, in one sentence, for whatever goes wrong, OSError if the disk is full.
+    What the cache lacks is downloaded first; a download that breaks off is taken up again, at once or by the next call, as the
+    Hub's library does it, and what arrives is checked against the Hub's SHA-256. Raises ValueError, in one sentence, for
+    whatever goes wrong, and OSError if the disk is full.
     """
     folder, revision = Path(source), revision or None
     if folder.is_dir():
         if not (folder / file).is_file():
             raise MissingFile(f"{folder} is no whole checkpoint: it has no {file}.")
         return folder / file
-    cached = None
+    missing = f"The Hub's {source} has no {file}: choose a repository that has one."
     try:
-        cached = try_to_load_from_cache(str(source), file, revision=revision)
-        if cached is _CACHED_NO_EXIST:
-            raise hub.EntryNotFoundError
+        cached = try_to_load_from_cache(str(source), file, revision=revision)  # a path, _CACHED_NO_EXIST or None
         path = Path(hf_hub_download(str(source), file, revision=revision))
     except hub.GatedRepoError as error:
         page = f"{constants.ENDPOINT}/{source}"
@@ -331,27 +330,45 @@ def fetch(source: str | Path, file: str, revision: str | None = None) -> Path:
     except hub.RevisionNotFoundError as error:
         raise ValueError(f"{source} has no revision {revision!r} on the Hub: name a branch, a tag or a commit.") from error
     except hub.LocalEntryNotFoundError as error:
+        if cached is _CACHED_NO_EXIST:
+            raise MissingFile(missing) from error
+        if isinstance(error.__cause__, hub.HfHubHTTPError):
+            raise ValueError(_answer(source, file, error.__cause__)) from error
         raise ValueError(
             f"{file} of {source} is neither in a folder of that name nor in the Hub's cache, and the Hub cannot be reached: "
             "connect to the network, or name a local checkpoint folder."
         ) from error
     except hub.EntryNotFoundError as error:
-        raise MissingFile(f"The Hub's {source} has no {file}: choose a repository that has one.") from error
+        raise MissingFile(missing) from error
     except hub.HFValidationError as error:
         raise ValueError(f"{source} is neither a folder here nor a name that a repository of the Hub can have.") from error
+    except hub.HfHubHTTPError as error:
+        raise ValueError(_answer(source, file, error)) from error
     except OSError as error:
         if error.errno is not None:  # the disk's own trouble
             raise
-        raise ValueError(f"{file} of {source} did not arrive whole ({str(error).splitlines()[0]}) Run it again.") from error
+        raise ValueError(f"{file} of {source} did not arrive whole ({_one_line(error)}): run it again.") from error
     except Exception as error:  # of the Hub's HTTP library, which is another one from version to version
-        raise ValueError(f"{file} of {source} could not be downloaded ({error}): run it again to try once more.") from error
-    blob = path.resolve()
-    if cached is None and len(blob.name) == 64:  # the cache names large files by their SHA-256
-        with open(blob, "rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
-                blob.unlink()
+        raise ValueError(f"{file} of {source} could not be downloaded ({_one_line(error)}): run it again.") from error
+    blob = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    if str(path) != cached and len(blob) == 64:  # just downloaded; the cache names large files by their SHA-256
+        with open(path, "rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != blob:
+                path.resolve().unlink()  # the content itself, wherever the cache keeps it
                 raise ValueError(f"{file} of {source} arrived damaged and was deleted: run it again to download it anew.")
     return path
+
+
+def _one_line(error: object) -> str:
+    """The first line of a message, without its full stop."""
+    return f"{error}".partition("\n")[0].rstrip(". ")
+
+
+def _answer(source: str | Path, file: str, error: hub.HfHubHTTPError) -> str:
+    """What the Hub said when it refused a file, as one sentence."""
+    words = _one_line(error.server_message or "it gives no reason")
+    advice = "log in anew by `hf auth login`" if error.response.status_code in (401, 403) else "run it again later"
+    return f"The Hub answers {error.response.status_code} for {file} of {source} ({words}): {advice}."
 
 
 def _read_json(path: Path):
@@ -433,9 +450,10 @@ def load_llama(
     with tqdm(total=needed, unit="B", unit_scale=True, desc="Loading weights", delay=1, leave=False) as bar:
         for path in paths:
             with safe_open(path, "pt", device=str(device)) as file:
-                tensors = {n: file.get_tensor(n).to(dtype) for n in file.keys() if n in expected}  # noqa: SIM118
-            llama.load_state_dict(tensors, assign=True, strict=False)
-            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+                for name in filter(expected.__contains__, file.keys()):
+                    tensor = file.get_tensor(name).to(dtype)
+                    llama.load_state_dict({name: tensor}, assign=True, strict=False)
+                    bar.update(tensor.nbytes)
     return llama
 
 

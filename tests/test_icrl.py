@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+import icrl
 from frozen_lake import ACTIONS, Episode, FrozenLake, Lake, RandomPlayer, TabularQ, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
@@ -506,13 +507,19 @@ def test_a_full_context_forgets_its_oldest_whole_episodes():
     assert len(set(forgotten)) > 1  # ... but not every row at the same time
 
 
-def test_playing_is_legal_and_changes_no_weight():
-    """A hash of every weight before and after a trial is the same; every transition is the lake's."""
+@pytest.mark.parametrize("room", [1, 3, 100])
+def test_playing_is_legal_and_changes_no_weight(room, monkeypatch):
+    """A hash of every weight is the same before and after, every transition is the lake's, however many trials fit the memory."""
+    groups = []
+    a_trial = (512 + 8) * 2 * 2 * 2 * 8 * 4  # slots, keys and values, layers, heads, head size, bytes
+    monkeypatch.setattr(icrl, "free_memory", lambda device: 1 + room * a_trial / 0.8)
+    monkeypatch.setattr(icrl, "FrozenLake", lambda lakes, *a, **k: groups.append(len(lakes)) or FrozenLake(lakes, *a, **k))
     net = network()
     digest = lambda: hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()  # noqa: E731
     before, lakes = digest(), random_lakes(20, np.random.default_rng(3))
-    played, _ = play(net, ENCODER, lakes, 6, np.random.default_rng(0), 512)
+    played = icrl.play(net, ENCODER, lakes, 6, np.random.default_rng(0), 512)
     assert digest() == before
+    assert groups == {1: [1] * 20, 3: [3] * 6 + [2], 100: [20]}[room]
     for lake, trial in zip(lakes, played):
         assert len(trial) == 6
         assert all(legal(ENCODER.text(e).split()[:-1], lake) for e in trial)
