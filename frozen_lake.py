@@ -3,6 +3,7 @@
 What is here
     Lake, random_lakes      a map, and maps drawn by the rules of the paper's notebook
     FrozenLake              many lakes stepped at once with arrays; gymnasium's FrozenLake-v1, action for action
+    ChangingLake            the same, but that each lake becomes another one after some episodes (figure 7)
     Episode, roll_out       what a player leaves behind, and the one loop in which every player plays
     RandomPlayer, TabularQ, Explorer, ShortestPath
                             TabularQ makes the training data (the paper's "traditional RL algorithm"); on a test lake
@@ -203,6 +204,32 @@ class FrozenLake:
         return state, rewards, terminated, (self.steps >= self.max_steps) & ~terminated
 
 
+class ChangingLake:
+    """N lakes that change without notice: row i is lakes[i][0] for `episodes` episodes, and from then on lakes[i][1].
+
+    Both are stepped all the time, and each row shows one of them. For players it is a FrozenLake.
+    """
+
+    def __init__(self, lakes: Sequence[tuple[Lake, Lake]], rng: np.random.Generator, episodes=30, max_steps: int = MAX_STEPS):
+        self.both = [FrozenLake(side, rng, max_steps=max_steps) for side in zip(*lakes)]
+        larger = max(self.both, key=lambda env: env.goal.shape[1])
+        self.moves, self.goal, self.max_steps, self.change = larger.moves, larger.goal, max_steps, episodes
+        self.begun = np.zeros(len(lakes), np.int64)  # (N,) episodes
+
+    def __len__(self) -> int:
+        return len(self.begun)
+
+    def _shown(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.where(self.begun > self.change, second, first)
+
+    def reset(self, rows: np.ndarray | None = None) -> np.ndarray:
+        self.begun += 1 if rows is None else rows
+        return self._shown(*(env.reset(rows) for env in self.both))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return tuple(self._shown(*outcomes) for outcomes in zip(*(env.step(actions) for env in self.both)))
+
+
 # ----------------------------------------------------------------------------------------------- episodes and players
 @dataclass(frozen=True, eq=False)
 class Episode:
@@ -230,11 +257,12 @@ class Step(NamedTuple):
     truncated: np.ndarray
 
 
-def roll_out(env: FrozenLake, player, episodes: int) -> list[list[Episode]]:
+def roll_out(env: FrozenLake, player, episodes: int, bar=None) -> list[list[Episode]]:
     """Let `player` play so many episodes on every lake of `env`, all lakes side by side; [lake][episode].
 
     A player has `act(state, episode, playing) -> action` and `learn(step, playing)`, arrays of one row a lake. No lake waits
     for another: `episode` is the number of each one's present episode, and `playing` is False where all have been played.
+    A progress `bar` is told of every episode that ends.
     """
     if episodes < 1:
         raise ValueError(f"At least one episode has to be played, but {episodes} were asked for.")
@@ -247,6 +275,8 @@ def roll_out(env: FrozenLake, player, episodes: int) -> list[list[Episode]]:
         over = step.terminated | step.truncated
         state = env.reset(over)
         episode += over & playing
+        if bar is not None:
+            bar.update(int((over & playing).sum()))
     s, a, successor, r, terminated, truncated = (np.stack(column, 1) for column in zip(*steps))  # (N, steps)
     played = []
     for i, over in enumerate(terminated | truncated):
@@ -322,11 +352,14 @@ class Explorer:
         return np.argmin(cost + 1e-9 * self.rng.random(cost.shape), axis=1)
 
     def learn(self, step: Step, playing: np.ndarray) -> None:
-        self.stale |= playing & (self.known[self.lake, step.state, step.action] < 0)
-        row = self.lake[playing]
-        self.known[row, step.state[playing], step.action[playing]] = step.successor[playing]
-        self.ended[row, step.successor[playing]] |= step.terminated[playing]
-        self.goal[row, step.successor[playing]] |= step.reward[playing] > 0
+        here, there, ended = (self.lake, step.state, step.action), (self.lake, step.successor), step.terminated
+        news = (self.known[here] != step.successor) | (self.ended[there] != ended) | (self.goal[there] != (step.reward > 0))
+        row = self.lake[playing & news]  # something new, or something that is no longer as it was
+        self.stale[row] = True
+        self.known[row, step.state[row], step.action[row]] = step.successor[row]
+        self.ended[row, step.successor[row]], self.goal[row, step.successor[row]] = ended[row], step.reward[row] > 0
+        row = row[ended[row]]
+        self.known[row, step.successor[row]] = -1  # nothing leads on from where an episode ends
 
 
 class ShortestPath:

@@ -10,24 +10,29 @@ What is here, in the order in which data flows
     save_network, load_run  a run's folder
 
 Departures from the paper: the argmax is over the action words, not the whole vocabulary; COMPACT_TEMPLATE leaves out the role
-headers, for the small embedded model; the last action of a slice is left out of the loss, unless its episode ends with it.
+headers, for the small embedded model; the last action of a slice is left out of the loss, unless its episode ends with it; a
+context that is full forgets its oldest episodes.
 
 Shapes: B batch, T tokens, N action positions, A actions; N is also the number of trials that are played side by side.
 """
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake, Step, roll_out
 from ia3 import IA3, replacing
@@ -105,6 +110,12 @@ NOTHING, BEGIN, PROMPT, REWARD, CUT, END, ACTION = range(7)
 OBSERVATION = ACTION + len(ACTIONS)
 
 
+def step_messages(action: np.ndarray, successor: np.ndarray, reward: np.ndarray, cut: np.ndarray, over: np.ndarray) -> np.ndarray:
+    """What a transcript says of each of n steps, but for the prompt before it: (n, 5) messages from five arrays (n,)."""
+    marks = ((reward > 0, REWARD), (cut, CUT), (over, END))
+    return np.column_stack((ACTION + action, OBSERVATION + successor, *(np.where(true, m, NOTHING) for true, m in marks)))
+
+
 class Encoder:
     """Turns messages into tokens by table: each message was tokenized once, a transcript is their concatenation.
 
@@ -138,18 +149,12 @@ class Encoder:
         if self.tokenizer.encode(text, add_special_tokens=False).ids != self.join(np.array([messages]))[0][0].tolist():
             raise ValueError("This tokenizer does not cut a transcript where its messages end: take another model.")
 
-    def messages(self, episode: Episode) -> list[int]:
-        """The message numbers of an episode, in order."""
-        observations = episode.observations.tolist()
-        messages = [BEGIN, OBSERVATION + observations[0]]
-        for action, reward, tile in zip(episode.actions.tolist(), episode.rewards.tolist(), observations[1:]):
-            messages += (PROMPT, ACTION + action, OBSERVATION + tile)
-            if reward:
-                messages.append(REWARD)
-        if episode.truncated:
-            messages.append(CUT)
-        messages.append(END)
-        return messages
+    def messages(self, episode: Episode) -> np.ndarray:
+        """The message numbers of an episode, in order, some of them NOTHING."""
+        tiles, over = episode.observations, np.arange(len(episode.actions)) == len(episode.actions) - 1
+        steps = step_messages(episode.actions, tiles[1:], episode.rewards, over & episode.truncated, over)
+        prompts = np.full(len(steps), PROMPT)
+        return np.concatenate(([BEGIN, OBSERVATION + tiles[0]], np.column_stack((prompts, steps)).ravel()))
 
     def join(self, messages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Concatenate each row's messages (R, M): tokens (R, longest row), padded at the right, and their counts (R,)."""
@@ -165,8 +170,7 @@ class Encoder:
 
 
 # ---------------------------------------------------------------------------------------------------- tokens to slices
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Slices and what the loss needs of them; action positions are padded at the right to the longest row.
 
     tokens (B, T) int64. positions (B, N) int64: where the Q-values of an action are read. actions (B, N) int64. rewards
@@ -182,11 +186,11 @@ class Batch:
     mask: Tensor
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Batch(*(field.to(device) for field in self))
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of at most `size` slices."""
-        return [Batch(*parts) for parts in zip(*(getattr(self, f.name).split(size) for f in fields(self)))]
+        return [Batch(*parts) for parts in zip(*(field.split(size) for field in self))]
 
 
 def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, gamma: float, gamma_episode: float = 0.0) -> Batch:
@@ -200,7 +204,7 @@ def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, g
         episodes = next(sets)
         for i, episode in enumerate(episodes):
             new = encoder.messages(episode)
-            messages += new
+            messages.append(new)
             total += int(encoder.lengths[new].sum())
             rewards.append(episode.rewards)
             discount = np.full(len(episode.actions), gamma, np.float32)
@@ -208,8 +212,7 @@ def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, g
             discounts.append(discount)
             if total >= length:
                 break
-    messages = np.array(messages)
-    rewards, discounts = np.concatenate(rewards), np.concatenate(discounts)
+    messages, rewards, discounts = map(np.concatenate, (messages, rewards, discounts))
     ends = np.cumsum(encoder.lengths[messages])
     is_action = (messages >= ACTION) & (messages < OBSERVATION)
     positions = ends[is_action] - encoder.lengths[messages[is_action]] - 1  # the token before the action word
@@ -225,8 +228,7 @@ def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, g
 def collate(slices: Sequence[Batch]) -> Batch:
     """Stack slices, padding their action positions at the right."""
     longest = max(s.positions.shape[1] for s in slices)
-    columns = ([getattr(s, f.name) for s in slices] for f in fields(Batch))
-    tokens, *rest = columns
+    tokens, *rest = zip(*slices)
     return Batch(torch.cat(tokens), *(torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in column]) for column in rest))
 
 
@@ -329,7 +331,7 @@ def check_context(encoder: Encoder, context: int, max_steps: int) -> None:
 class InContext:
     """The network as a player of frozen_lake.roll_out: it remembers by its transcript alone, and no weight changes.
 
-    Row i plays trial i, in a growing context of its own. A context that would outgrow `context` tokens loses its oldest
+    Each trial has a growing context of its own. A context that would outgrow `context` tokens loses its oldest
     whole episodes, at least a quarter of its tokens, and what is left is encoded anew. In episode e the network's choice
     counts with the chance `probability(e)`, which takes and gives arrays; otherwise the action is uniformly random.
     Raises ValueError if `context` is too small for one episode.
@@ -341,7 +343,7 @@ class InContext:
         check_context(encoder, context, env.max_steps)
         self.network, self.encoder, self.rng, self.context = network, encoder, rng, context
         self.probability = probability or model_probability
-        self.transcript: list[np.ndarray] = []  # of (N, 8) messages, a chunk for every step
+        self.transcript: list[np.ndarray] = []  # of messages (N, M), all that the network has read
         self.happened = np.full((len(env), 5), NOTHING)  # the messages of the last step, not yet fed to the network
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.live = np.arange(len(env))  # the trial that each row of the cache belongs to
@@ -359,39 +361,45 @@ class InContext:
         begin, observation = np.where(self.begins, BEGIN, NOTHING), np.where(self.begins, OBSERVATION + state, NOTHING)
         chunk = np.column_stack((self.happened, begin, observation, np.full(len(state), PROMPT)))  # (N, 8)
         chunk[~playing] = NOTHING
-        if (full := self.lengths + self.encoder.lengths[chunk].sum(1) > self.context)[self.live].any():
-            self._forget(full, chunk)
-        tokens, counts = self.encoder.join(chunk[self.live])
-        counts_there = self._tensor(counts)
-        last = (counts_there[:, None] - 1).clamp(min=0)  # a trial that is over has no tokens, and its row is not used
-        self.q[self.live] = self.network(self._tensor(tokens), last, self.cache)[:, 0].cpu().numpy()
-        self.cache.advance(counts_there)
-        self.lengths[self.live] += counts
-        self.transcript.append(chunk)
+        for row in np.flatnonzero((self.lengths + self.encoder.lengths[chunk].sum(1) > self.context)[self.live]):
+            self._forget(row, chunk[self.live[row]])
+        self.q[self.live] = self._feed(chunk).cpu().numpy()
         self.by_model = self.rng.random(len(state)) < self.probability(episode)
         return np.where(self.by_model, self.q.argmax(1), self.rng.integers(0, len(ACTIONS), len(state)))
 
+    @torch.inference_mode()
+    def remember(self, given: Sequence[list[Episode]]) -> None:
+        """Begin each trial's context with these episodes, which somebody else has played."""
+        messages = [np.concatenate([self.encoder.messages(episode) for episode in episodes]) for episodes in given]
+        self._feed(np.array(list(itertools.zip_longest(*messages, fillvalue=NOTHING))).T)
+
+    def _feed(self, chunk: np.ndarray) -> Tensor:
+        """Let the network read on by a chunk (N, M) of messages; Q-values (live trials, A) after each trial's last token."""
+        tokens, counts = self.encoder.join(chunk[self.live])
+        counts_there = self._tensor(counts)
+        last = (counts_there[:, None] - 1).clamp(min=0)  # a trial that is over has no tokens, and its row is not used
+        q = self.network(self._tensor(tokens), last, self.cache)[:, 0]
+        self.cache.advance(counts_there)
+        self.lengths[self.live] += counts
+        self.transcript.append(chunk)
+        return q
+
     def learn(self, step: Step, playing: np.ndarray) -> None:
         self.begins = step.terminated | step.truncated
-        ends = np.where(self.begins, END, NOTHING)
-        paid, cut = np.where(step.reward > 0, REWARD, NOTHING), np.where(step.truncated, CUT, NOTHING)
-        self.happened = np.column_stack((ACTION + step.action, OBSERVATION + step.successor, paid, cut, ends))
+        self.happened = step_messages(step.action, step.successor, step.reward, step.truncated, self.begins)
 
-    def _forget(self, full: np.ndarray, chunk: np.ndarray) -> None:
-        """Encode anew the newest whole episodes of these trials (bool (N,)) that leave room for `chunk` and more."""
-        rows = np.flatnonzero(full[self.live])
-        trials = self.live[rows]
-        messages = np.concatenate([past[trials] for past in self.transcript], axis=1)  # (R, M)
-        onward = self.encoder.lengths[messages][:, ::-1].cumsum(1)[:, ::-1]  # tokens from each message to the end
-        limit = np.minimum(3 * self.context // 4, self.context - self.encoder.lengths[chunk[trials]].sum(1))
-        first = ((messages == BEGIN) & (onward <= limit[:, None])).argmax(1)
-        messages[np.arange(messages.shape[1]) < first[:, None]] = NOTHING
-        tokens, counts = self.encoder.join(messages[:, first.min() :])
-        fresh = self._new_cache(len(rows))
+    def _forget(self, row: int, chunk: np.ndarray) -> None:
+        """Encode anew the newest whole episodes of a row's trial that leave room for `chunk` (8,) and more."""
+        trial = self.live[row]
+        messages = np.concatenate([past[trial] for past in self.transcript])  # (M,)
+        onward = self.encoder.lengths[messages][::-1].cumsum()[::-1]  # tokens from each message to the end
+        limit = min(3 * self.context // 4, self.context - self.encoder.lengths[chunk].sum())
+        tokens, counts = self.encoder.join(messages[None, ((messages == BEGIN) & (onward <= limit)).argmax() :])
+        fresh = self._new_cache(1)
         self.network.llama(self._tensor(tokens), self.network.adapter, fresh)
         fresh.advance(self._tensor(counts))
-        self.cache.replace(self._tensor(rows), fresh)
-        self.lengths[trials] = counts
+        self.cache.replace(self._tensor(np.array([row])), fresh)
+        self.lengths[trial] = counts[0]
 
     @staticmethod
     def slots(encoder: Encoder, context: int) -> int:
@@ -415,24 +423,36 @@ def play(
     context: int,
     max_steps: int = MAX_STEPS,
     probability: Callable[[np.ndarray], np.ndarray] | None = None,
+    world: Callable = FrozenLake,
+    given: Sequence[list[Episode]] | None = None,
 ) -> list[list[Episode]]:
-    """One trial a lake, as many side by side as memory has room for; [trial][episode]."""
+    """One trial a lake, as many side by side as memory has room for; [trial][episode].
+
+    `world(lakes, rng, max_steps=...)` makes the environment of some of the lakes; `given` are the episodes with which each
+    trial's context begins.
+    """
     vocabulary, played = network.llama.vocabulary, []
     one = KVCache(network.llama.config, 1, InContext.slots(encoder, context), vocabulary.dtype, "meta")
     size = max(1, int(0.8 * free_memory(vocabulary.device) / (one.keys.nbytes + one.values.nbytes)))
     for first in range(0, len(lakes), size):
-        env = FrozenLake(lakes[first : first + size], rng, max_steps=max_steps)
-        played += roll_out(env, InContext(network, encoder, env, rng, context, probability), episodes)
+        env = world(lakes[first : first + size], rng, max_steps=max_steps)
+        player = InContext(network, encoder, env, rng, context, probability)
+        if given:
+            player.remember(given[first : first + size])
+        with tqdm(total=len(env) * episodes, unit="episode", desc="Playing", delay=5, leave=False) as bar:
+            played += roll_out(env, player, episodes, bar)
     return played
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder
 def explain(error: Exception) -> str:
     """The sentence that a program ends with when a user's input or disk stopped it."""
-    if isinstance(error, OSError):
-        return (
-            f"{error.filename or 'A file'} cannot be read or written ({error.strerror}): choose another place, or free this one."
-        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The device is out of memory: use --resume with a smaller --at-once and --checkpointing, or fewer --trials."
+    if isinstance(error, (OSError, SafetensorError)):
+        what = getattr(error, "filename", None) or "A file"
+        reason = getattr(error, "strerror", None) or error
+        return f"{what} cannot be read or written ({reason}): choose another place, or free this one."
     return str(error)
 
 
@@ -452,14 +472,25 @@ def read_recipe(folder: str | Path) -> dict | None:
         return None
 
 
-def load_run(folder: str | Path, device: str = "cpu") -> tuple[QNetwork, Encoder, dict]:
-    """The network, the encoder and the recipe (a dict) of a run's folder. Raises ValueError, in one sentence, if it is none."""
+class Run(NamedTuple):
+    """What a run's folder holds."""
+
+    network: QNetwork
+    encoder: Encoder
+    recipe: dict
+    folder: Path
+
+
+def load_run(folder: str | Path, device: str = "cpu") -> Run:
+    """Raises ValueError, in one sentence, if the folder holds no run."""
     if (recipe := read_recipe(folder)) is None:
         raise ValueError(f"{folder} is no run of train.py: its config.json with the recipe is missing or foreign.")
-    encoder = Encoder(load_tokenizer(folder))
+    if missing := {"adapter", "model", "revision", "dtype", "sides", "min_hops", "tokens", "max_steps"} - recipe.keys():
+        raise ValueError(f"{folder} was made by another version of train.py (it has no {min(missing)}): train it anew.")
+    encoder, dtype = Encoder(load_tokenizer(folder)), getattr(torch, recipe["dtype"])
     if recipe["adapter"] == "ia3":
-        llama = load_llama(recipe["model"], getattr(torch, recipe["dtype"]), device, recipe["revision"])
+        llama = load_llama(recipe["model"], dtype, device, recipe["revision"])
         network = QNetwork(llama, encoder.action_tokens, IA3.load(folder))
     else:  # a copy in memory of its own, since the file's memory map is aligned differently, which can change the last bits
-        network = QNetwork(copy.deepcopy(load_llama(folder)), encoder.action_tokens)
-    return network.to(device), encoder, recipe
+        network = QNetwork(copy.deepcopy(load_llama(folder, dtype)), encoder.action_tokens)
+    return Run(network.to(device), encoder, recipe, Path(folder))

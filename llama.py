@@ -61,6 +61,7 @@ class LlamaConfig:
     rope_theta: float = 500_000.0
     rope_scaling: dict | None = None  # {"rope_type": "llama3", "factor": 8.0, ...}, or None for plain RoPE
     tie_word_embeddings: bool = False
+    max_position_embeddings: int = 131_072  # tokens of context that it was trained for; nothing here is limited by it
 
     def __post_init__(self):
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
@@ -103,6 +104,7 @@ class LlamaConfig:
             rope_theta=float(theta),
             rope_scaling=None if rope["rope_type"] == "default" else rope,
             tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+            max_position_embeddings=config.get("max_position_embeddings", 2048),  # transformers' default
         )
 
     def to_dict(self) -> dict:
@@ -150,14 +152,16 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
-        self.used = 0  # slots that any row uses, the present chunk's padding included
+        self.used = 0  # slots that attention looks at: at least all in use, the present chunk's padding included
 
     def positions(self, chunk: int) -> Tensor:
         """The positions (B, T) that the next chunk of T tokens will take. Raises ValueError if it does not fit."""
         positions = self.lengths[:, None] + torch.arange(chunk, device=self.lengths.device)
-        self.used = int(positions.max()) + 1
-        if self.used > self.keys.shape[3]:
-            raise ValueError(f"The cache holds {self.keys.shape[3]} tokens a row, but position {self.used - 1} was fed to it.")
+        self.used, slots = int(positions.max()) + 1, self.keys.shape[3]
+        if self.used > slots:
+            raise ValueError(f"The cache holds {slots} tokens a row, but position {self.used - 1} was fed to it.")
+        if self.keys.is_cuda:  # few different shapes, for each of which a kernel may have to be planned
+            self.used = min(slots, -(-self.used // 128) * 128)
         return positions
 
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +176,10 @@ class KVCache:
         self.lengths += counts
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        """Forget all rows but these; in place, since there may be no room for a second cache."""
+        for layer in (*self.keys, *self.values):
+            layer[: len(rows)] = layer[rows]
+        self.keys, self.values, self.lengths = self.keys[:, : len(rows)], self.values[:, : len(rows)], self.lengths[rows]
 
     def replace(self, rows: Tensor, other: "KVCache") -> None:
         """Overwrite these rows with those of another cache with as many slots."""
@@ -215,8 +221,14 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(layer, positions, k, v)  # (B, K, S', hd)
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)  # (B, H, T, hd)
+        groups = q.shape[1] // k.shape[1]  # query heads that share a key/value head
+        if mask is None:
+            if groups > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel of CUDA does this
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, hd)
+        else:  # fused kernels take a mask or groups, not both: a group's heads become further queries of its one head
+            q = q.reshape(B, k.shape[1], groups * T, hd)
+            y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1)).view(B, -1, T, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -292,7 +304,8 @@ class Llama(nn.Module):
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, i, rope, adapter, cache, positions, mask, use_reentrant=False)
+                rest = (i, rope, adapter, cache, positions, mask)
+                x = checkpoint(layer, x, *rest, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
             else:
                 x = layer(x, i, rope, adapter, cache, positions, mask)
         return self.model.norm(x)
@@ -307,8 +320,8 @@ def fetch(source: str | Path, file: str, revision: str | None = None) -> Path:
     """Where a file of a checkpoint is: in the local folder `source`, or in the cache of the Hub's repository `source`.
 
     What the cache lacks is downloaded first; a download that breaks off is taken up again, at once or by the next call, as the
-    Hub's library does it, and what arrives is checked against the Hub's SHA-256. Raises ValueError, in one sentence, for
-    whatever goes wrong, and OSError if the disk is full.
+    Hub's library does it, and weights and tokenizers are checked against the Hub's SHA-256. Raises ValueError, in one
+    sentence, for whatever goes wrong, and OSError if the disk is full.
     """
     folder, revision = Path(source), revision or None
     if folder.is_dir():

@@ -36,15 +36,15 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from eval import TRANSFORMER, report, sparkline, test_lakes, unseen
+from eval import by_network, returns_of, sparkline, test_lakes, unseen
 from frozen_lake import MAX_STEPS, Episode, FrozenLake, TabularQ, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
-    COMPACT_TEMPLATE,
     QUALITY,
     Batch,
     Encoder,
     QNetwork,
+    Run,
     check_context,
     collate,
     compact_tokenizer,
@@ -138,7 +138,7 @@ PAPER = Recipe(  # for every base that is not a run of train.py
     min_hops=4,
     easy_until=0.0,
     lakes=250,
-    episodes=1500,  # so that 9,556 slices seldom repeat one
+    episodes=1500,  # altogether about as many as 9,556 slices hold
     collection_steps=955,  # all of them: one collection, one epoch of 9,556 slices
     steps=955,
     tokens=4096,
@@ -150,7 +150,7 @@ PAPER = Recipe(  # for every base that is not a run of train.py
     decay_from=1.0,
     clip=0.0,
 )
-OF_THE_METHOD = "adapter learning_rate muon_rate warm_up decay_from clip".split()  # what IA3 on a run takes from PAPER
+OF_THE_METHOD = "learning_rate muon_rate warm_up decay_from clip".split()  # what IA3 on a run takes from PAPER
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -212,109 +212,9 @@ def new_network(recipe: Recipe, encoder: Encoder) -> QNetwork:
 def based_network(recipe: Recipe, encoder: Encoder, device: str) -> QNetwork:
     """The network of the checkpoint `recipe.model`, to be trained further; with IA3 its weights are frozen."""
     llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
-    if recipe.adapter == "none":
-        return QNetwork(copy.deepcopy(llama), encoder.action_tokens)  # the file's memory map is not written to
-    return QNetwork(llama, encoder.action_tokens, IA3.for_llama(llama.config)).to(device)
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-@dataclass(frozen=True)
-class Plan:
-    """What training and playing need, in bytes unless it says otherwise, without reading or computing anything."""
-
-    frozen: int  # parameters
-    trained: int  # parameters
-    weights: int  # frozen ones
-    learning: int  # theta, phi, gradient and AdamW's two moments of what is trained, fp32
-    activations: int  # kept of one slice for the backward pass
-    checkpointed: int  # the same with checkpointing: the layers' inputs, and what is outside of the layers
-    layers: int
-    cache: int  # keys and values of one trial that fills its context
-    forward_flops: int  # a token, on average over a slice
-
-    @classmethod
-    def of(cls, recipe: Recipe, config: LlamaConfig) -> "Plan":
-        """Builds the network and passes one slice through it, all with fake tensors, and counts what autograd keeps."""
-        dtype, kept = getattr(torch, recipe.dtype), {}
-        tokens, positions = torch.zeros(1, recipe.tokens, dtype=torch.long), torch.arange(0, recipe.tokens, 2)[None]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            llama = Llama(config)
-            llama.load_state_dict({name: p.to(dtype) for name, p in llama.state_dict().items()}, assign=True)
-            network = QNetwork(llama, range(4), IA3.for_llama(config) if recipe.adapter == "ia3" else None)
-            weights = {p.untyped_storage()._cdata for p in network.parameters()}
-            for llama.checkpointing in (False, True):
-                storages = kept[llama.checkpointing] = {}
-                keep = lambda t, storages=storages: storages.setdefault(t.untyped_storage()._cdata, t)  # noqa: E731
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                    network(tokens, positions)
-            trained = sum(p.numel() for p in network.trained().values())
-            frozen = sum(p.numel() for p in network.parameters()) - trained
-            cache = KVCache(config, 1, recipe.tokens, dtype)
-        matrices = sum(p.numel() for p in network.llama.model.layers.parameters())
-        attention = 2 * recipe.tokens * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        return cls(
-            frozen=frozen,
-            trained=trained,
-            weights=frozen * dtype.itemsize,
-            learning=5 * 4 * trained,
-            activations=sum(t.untyped_storage().nbytes() for key, t in kept[False].items() if key not in weights),
-            checkpointed=sum(t.untyped_storage().nbytes() for key, t in kept[True].items() if key not in weights),
-            layers=config.num_hidden_layers,
-            cache=cache.keys.nbytes + cache.values.nbytes,
-            forward_flops=2 * matrices + attention,
-        )
-
-    def kept(self, checkpointing: bool) -> int:
-        """Bytes kept of one slice: all activations, or the layers' inputs and, one after the other, each layer's own."""
-        return self.checkpointed + self.activations // self.layers if checkpointing else self.activations
-
-    def step(self, slices: int, checkpointing: bool) -> int:
-        """Bytes at the height of an optimizer step, with a tenth more for what comes and goes within a layer."""
-        return self.weights + self.learning + int(1.1 * slices * self.kept(checkpointing))
-
-    def fit(self, free: int, batch: int) -> tuple[int, bool] | None:
-        """The fastest (slices at once, checkpointing) for a device with so many free bytes, or None."""
-        for checkpointing in (False, True):
-            for slices in range(batch, 0, -1):
-                if self.step(slices, checkpointing) <= 0.95 * free:
-                    return slices, checkpointing
-        return None
-
-    def text(self, recipe: Recipe) -> str:
-        """What --plan prints."""
-        passes = 3 if recipe.adapter == "ia3" else 4  # online, delayed, backward to activations, and to weights if trained
-        mib = lambda count: f"{count / 2**20:10,.0f} MiB"  # noqa: E731
-        lines = [
-            f"parameters              {self.trained:,} trained, {self.frozen:,} frozen",
-            f"frozen weights          {mib(self.weights)}  ({recipe.dtype})",
-            f"what is trained         {mib(self.learning)}  (online, delayed, gradient, two moments; float32)",
-            f"activations of a slice  {mib(self.activations)}  ({recipe.tokens:,} tokens)",
-            f"  with checkpointing    {mib(self.kept(True))}",
-            f"KV cache of a trial     {mib(self.cache)}  ({recipe.tokens:,} tokens)",
-            f"FLOPs a token           {self.forward_flops / 1e6:10,.0f} M  (a pass; training {passes}, checkpointing another)",
-        ]
-        for gigabytes in (8, 16, 24, 80):
-            free = int(gigabytes * 1e9 - 0.7e9)  # CUDA itself takes the rest
-            trials = int(0.8 * max(0, free - self.weights) / self.cache)
-            if fit := self.fit(free, recipe.batch):
-                how = f"{fit[0]} of {recipe.batch} slices at once{', checkpointing' if fit[1] else ''}"
-                lines.append(f"a GPU of {gigabytes:2} GB:  {how}; {trials} trials side by side")
-            else:
-                lines.append(f"a GPU of {gigabytes:2} GB:  too small")
-        return "\n".join(lines)
-
-
-def settle(recipe: Recipe, config: LlamaConfig, device: str) -> Recipe:
-    """The recipe with its memory settings chosen by what is free. Raises ValueError if nothing fits."""
-    if recipe.at_once or not recipe.model:
-        return recipe
-    plan, free = Plan.of(recipe, config), free_memory(device)
-    if (fit := plan.fit(free, recipe.batch)) is None:
-        needed = f"at least {plan.step(1, True) / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free"
-        raise ValueError(f"Training on {recipe.model} takes {needed}: take a smaller model or fewer --tokens.")
-    how = f"{fit[0]} of {recipe.batch} slices at once, {'with' if fit[1] else 'without'} activation checkpointing"
-    print(f"Memory: {free / 1e9:.1f} GB free on {device}, so {how} (--at-once, --checkpointing)")
-    return replace(recipe, at_once=fit[0], checkpointing=fit[1])
+    if recipe.adapter == "ia3":
+        return QNetwork(llama, encoder.action_tokens, IA3.for_llama(llama.config)).to(device)
+    return QNetwork(copy.deepcopy(llama), encoder.action_tokens).to(device)  # a file's memory map is not written to
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -348,10 +248,13 @@ class Training:
             q_delayed = self.delayed(batch.tokens, batch.positions)
         targets = td_targets(q, q_delayed, self.recipe.reward_scale * batch.rewards, batch.discounts)  # (B, N)
         loss = td_loss(q, batch.actions, targets, batch.mask, self.recipe.normalised)
-        if not torch.isfinite(loss):
-            what = f"The loss is {loss.item()} after {self.step} steps"
-            raise FloatingPointError(f"{what}: lower the learning rates; the last checkpoint is kept.")
+        self.check_finite("loss", loss.item())
         return loss, q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask], targets[batch.mask]
+
+    def check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            after = f"The {what} is {value} after {self.step} steps"
+            raise FloatingPointError(f"{after}: lower the learning rates; the last checkpoint is kept.")
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step and one Polyak step; returns the row of log.csv."""
@@ -366,6 +269,7 @@ class Training:
                 row[name] += share * value.item()
         row["learning_rate"] = r.learning_rate * self.schedule()
         row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip or math.inf).item()
+        self.check_finite("gradient's norm", row["gradient_norm"])
         for optimizer, rate in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate * self.schedule()
             optimizer.step()
@@ -425,7 +329,14 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
     """Train to the recipe's last step, with a checkpoint, and a look at unseen lakes, now and then; False if interrupted."""
     recipe, stop = training.recipe, []
     lakes = test_lakes(32, recipe.sides, recipe.min_hops)
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask_to_stop(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+        print("\nStopping after this step, with a checkpoint. Once more: at once, without.", file=sys.stderr)
+
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True)
     try:
         with bar, open_log(folder / "log.csv", training.step) as log:
@@ -439,8 +350,8 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 if training.step % args.look_every == 0 and training.step < recipe.steps:
-                    look = unseen(training.online, encoder, lakes, asdict(recipe), with_references=False)
-                    curve = sparkline(look[TRANSFORMER])
+                    look = by_network(Run(training.online, encoder, asdict(recipe), folder), lakes, seed=0)
+                    curve = sparkline(returns_of(look))
                     bar.write(f"step {training.step}: mean return on {len(lakes)} unseen lakes, episodes 0 to 29: {curve}")
                 if training.step % args.checkpoint_every == 0:
                     training.save(folder, batch)
@@ -449,6 +360,104 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return training.step == recipe.steps
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+@dataclass(frozen=True)
+class Plan:
+    """What training and playing need, in bytes unless it says otherwise, without reading or computing anything."""
+
+    frozen: int  # parameters
+    trained: int  # parameters
+    weights: int  # frozen ones
+    learning: int  # theta, phi, gradient and AdamW's two moments of what is trained
+    activations: int  # kept of one slice for the backward pass
+    checkpointed: int  # the same with checkpointing: the layers' inputs, what is outside of the layers, and one layer's own
+    passing: int  # of one slice within a layer: four float32 arrays as wide as its feed-forward network
+    cache: int  # keys and values of one trial that fills its context
+    forward_flops: int  # a token, on average over a slice
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: LlamaConfig) -> "Plan":
+        """Builds the network and passes one slice through it, all with fake tensors, and counts what autograd keeps."""
+        dtype, kept = getattr(torch, recipe.dtype), []
+        tokens, positions = torch.zeros(1, recipe.tokens, dtype=torch.long), torch.arange(0, recipe.tokens, 2)[None]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            llama = Llama(config)
+            llama.load_state_dict({name: p.to(dtype) for name, p in llama.state_dict().items()}, assign=True)
+            network = QNetwork(llama, range(4), IA3.for_llama(config) if recipe.adapter == "ia3" else None)
+            weights = {p.untyped_storage()._cdata for p in network.parameters()}
+            for checkpointing in (False, True):
+                llama.checkpointing, storages = checkpointing, {}
+                keep = lambda t, storages=storages: storages.setdefault(t.untyped_storage()._cdata, t)  # noqa: E731
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                    network(tokens, positions)
+                kept.append(sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in weights))
+            trained = sum(p.numel() for p in network.trained().values())
+            frozen = sum(p.numel() for p in network.parameters()) - trained
+            cache = KVCache(config, 1, recipe.tokens, dtype)
+        matrices = sum(p.numel() for p in network.llama.model.layers.parameters())
+        attention = 2 * recipe.tokens * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        return cls(
+            frozen=frozen,
+            trained=trained,
+            weights=frozen * dtype.itemsize,
+            learning=5 * trained * (4 if recipe.adapter == "ia3" else dtype.itemsize),
+            activations=kept[0],
+            checkpointed=kept[1] + kept[0] // config.num_hidden_layers,
+            passing=4 * 4 * recipe.tokens * config.intermediate_size,
+            cache=cache.keys.nbytes + cache.values.nbytes,
+            forward_flops=2 * matrices + attention,
+        )
+
+    def peak(self, slices: int, checkpointing: bool) -> int:
+        """Bytes at the height of an optimizer step."""
+        kept = self.checkpointed if checkpointing else self.activations
+        return self.weights + self.learning + slices * (kept + self.passing)
+
+    def fit(self, free: int, batch: int) -> tuple[int, bool] | None:
+        """The fastest (slices at once, checkpointing) for a device with so many free bytes, or None."""
+        for checkpointing in (False, True):
+            for slices in range(batch, 0, -1):
+                if self.peak(slices, checkpointing) <= 0.95 * free:
+                    return slices, checkpointing
+        return None
+
+    def text(self, recipe: Recipe) -> str:
+        """What --plan prints."""
+        passes = 3 if recipe.adapter == "ia3" else 4  # online, delayed, backward to activations, and to weights if trained
+        mib = lambda count: f"{count / 2**20:10,.0f} MiB"  # noqa: E731
+        lines = [
+            f"parameters              {self.trained:,} trained, {self.frozen:,} frozen",
+            f"frozen weights          {mib(self.weights)}  ({recipe.dtype})",
+            f"what is trained         {mib(self.learning)}  (online, delayed, gradient, two moments; float32)",
+            f"activations of a slice  {mib(self.activations)}  ({recipe.tokens:,} tokens)",
+            f"  with checkpointing    {mib(self.checkpointed)}",
+            f"KV cache of a trial     {mib(self.cache)}  ({recipe.tokens:,} tokens)",
+            f"FLOPs a token           {self.forward_flops / 1e6:10,.0f} M  (a pass; training {passes}, checkpointing another)",
+        ]
+        for gigabytes in (8, 16, 24, 80):
+            free = int(gigabytes * 1e9 - 0.7e9)  # CUDA itself takes the rest
+            trials = int(0.8 * max(0, free - self.weights) / self.cache)
+            if fit := self.fit(free, recipe.batch):
+                how = f"{fit[0]} of {recipe.batch} slices at once{', checkpointing' if fit[1] else ''}"
+                lines.append(f"a GPU of {gigabytes:2} GB:  {how}; {trials} trials side by side")
+            else:
+                lines.append(f"a GPU of {gigabytes:2} GB:  too small")
+        return "\n".join(lines)
+
+
+def settle(recipe: Recipe, config: LlamaConfig, device: str) -> Recipe:
+    """The recipe with its memory settings chosen by what is free. Raises ValueError if nothing fits."""
+    if recipe.at_once or not recipe.model:
+        return recipe
+    plan, free = Plan.of(recipe, config), free_memory(device)
+    if (fit := plan.fit(free, recipe.batch)) is None:
+        needed = f"at least {plan.peak(1, True) / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free"
+        raise ValueError(f"Training on {recipe.model} takes {needed}: take a smaller model or fewer --tokens.")
+    how = f"{fit[0]} of {recipe.batch} slices at once, {'with' if fit[1] else 'without'} activation checkpointing"
+    print(f"Memory: {free / 1e9:.1f} GB free on {device}, so {how} (--at-once, --checkpointing)")
+    return replace(recipe, at_once=fit[0], checkpointing=fit[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -481,6 +490,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--look-every, --checkpoint-every and --trials have to be at least 1.")
     if args.minutes is not None and (not 0 < args.minutes < math.inf or args.steps):
         raise ValueError(f"--minutes {args.minutes} has to be more than 0, and without --steps, which it sets.")
+    if (args.at_once is None) != (args.checkpointing is None):
+        raise ValueError("Give --at-once and --checkpointing (or --no-checkpointing) together, or neither.")
+    if args.plan and args.resume:
+        raise ValueError("--plan is for a new run: leave out --resume.")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -492,6 +505,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if not args.model:
+        if changed := [name for name in ("revision", "dtype") if name in given]:
+            raise ValueError(f"--{changed[0]} is about a base: name it with --model.")
         return replace(EMBEDDED, **given)
     if changed := [name for name in "layers width heads feed_forward".split() if name in given]:
         raise ValueError(f"A run on --model has its network's shape: leave out --{changed[0].replace('_', '-')}.")
@@ -505,7 +520,14 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         raise ValueError(f"{args.model} is itself an adapter: name the run with its base.")
     if given["adapter"] == "ia3":
         given = {name: getattr(PAPER, name) for name in OF_THE_METHOD} | given
-    return replace(Recipe(**base), **given)
+    return replace(recipe_from(model, base), **given)
+
+
+def recipe_from(folder: Path, settings: dict) -> Recipe:
+    """The recipe of a run's folder. Raises ValueError if its settings are not exactly those of today."""
+    if other := settings.keys() ^ {f.name for f in fields(Recipe)}:
+        raise ValueError(f"{folder} was made by another version of train.py (see its setting {min(other)}): train it anew.")
+    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
 
 
 def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder, device: str) -> int:
@@ -540,24 +562,29 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     recipe = recipe_of(args)
     if recipe.model:
         config, revision = load_config(recipe.model, recipe.revision)
+        if recipe.tokens > config.max_position_embeddings:
+            most = f"--tokens {config.max_position_embeddings}"
+            raise ValueError(f"{recipe.model} was not trained on contexts of {recipe.tokens} tokens: give at most {most}.")
         encoder = Encoder(load_tokenizer(recipe.model, revision))
-        recipe = settle(replace(recipe, revision=revision), config, args.device)
-        network = based_network(recipe, encoder, args.device)
     else:
-        encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
-        network = new_network(recipe, encoder).to(args.device)
+        encoder = Encoder(compact_tokenizer())
     check_context(encoder, recipe.tokens, recipe.max_steps)
     for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
         random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
     folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}.")
+    if recipe.model:
+        recipe = settle(replace(recipe, revision=revision), config, args.device)
+        network = based_network(recipe, encoder, args.device)
+    else:
+        network = new_network(recipe, encoder).to(args.device)
     if args.minutes is not None:
         recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
     training = Training(recipe, network)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "tokenizer.json") as temporary:
-        encoder.tokenizer.save(str(temporary))
+        temporary.write_text(encoder.tokenizer.to_str(pretty=True))
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(network.llama.config.to_dict() | {"icrl": asdict(recipe)}, indent=2) + "\n")
     training.save(folder)
@@ -566,10 +593,11 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
 
 def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     """A run taken up at its last checkpoint."""
-    if changed := [name for name in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, name) is not None]:
+    memory = {name: getattr(args, name) for name in ("at_once", "checkpointing") if getattr(args, name) is not None}
+    if changed := [f for f in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, f) is not None and f not in memory]:
         raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
-    network, encoder, settings = load_run(args.resume, args.device)
-    training = Training(Recipe(**settings), network)
+    network, encoder, settings, _ = load_run(args.resume, args.device)
+    training = Training(replace(recipe_from(args.resume, settings), **memory), network)
     training.load(args.resume)
     return args.resume, training, encoder
 
@@ -591,10 +619,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not train(folder, training, encoder, args):
             print(f"Stopped at step {training.step}. To go on: python train.py --resume {folder}")
             sys.exit(130)
-        lakes = test_lakes(args.trials, recipe.sides, recipe.min_hops)
-        print(f"Playing {len(lakes)} lakes that training never saw ...")
-        report(folder, "unseen", asdict(recipe), unseen(training.online, encoder, lakes, asdict(recipe)))
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        print(f"Playing {args.trials} lakes that training never saw ...")
+        unseen(Run(training.online, encoder, asdict(recipe), folder), folder, args.trials)
+    except (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as error:
         parser.exit(2, f"train.py: {explain(error)}\n")
     except KeyboardInterrupt:  # before or after the training itself, which saves first
         sys.exit(130)

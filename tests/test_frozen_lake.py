@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from frozen_lake import (
     MAX_STEPS,
+    ChangingLake,
     Explorer,
     FrozenLake,
     Lake,
@@ -418,6 +419,30 @@ def test_the_explorer_wastes_no_episode():
             for tile, action, onward in zip(path, actions, path[1:]):
                 known[tile][action] = onward
         assert [episode.total for episode in episodes[-10:]] == [1] * 10
+
+
+def test_a_lake_changes_after_so_many_episodes():
+    """Each row plays its first lake for three episodes and then its second, each with its own starts, moves and rewards."""
+    before, after = Lake(("SFG", "FFF")), Lake(("GFF", "HFS"))
+    env = ChangingLake([(before, after), (Lake(("SG",)), Lake(("GS",)))], rng(1), episodes=3)
+    for trial, lakes in zip(roll_out(env, RandomPlayer(env, rng(2)), 6), ((before, after), (Lake(("SG",)), Lake(("GS",))))):
+        for number, episode in enumerate(trial):
+            lake = lakes[number >= 3]
+            path = episode.observations.tolist()
+            assert path[0] in places(lake, "S")
+            assert all(move(lake, tile, action) == onward for tile, action, onward in zip(path, episode.actions, path[1:]))
+            assert episode.total == (path[-1] in places(lake, "G"))
+            assert episode.truncated or path[-1] in places(lake, "GH")
+
+
+def test_the_explorer_takes_a_changed_lake_as_it_finds_it():
+    """A hole on its old way, and its old goal gone: after a few deaths it finds the new goal and goes there every time."""
+    before, after = Lake(("SFG", "FFF", "FFF")), Lake(("SHF", "FFF", "FFG"))
+    env = ChangingLake([(before, after)] * 20, rng(3), episodes=10)
+    for trial in roll_out(env, Explorer(env, rng(4)), 40):
+        assert [episode.total for episode in trial[5:10]] == [1] * 5
+        assert [episode.total for episode in trial[20:]] == [1] * 20
+        assert {len(episode.actions) for episode in trial[-5:]} == {4}
 
 
 def test_tabular_q_update_by_hand():

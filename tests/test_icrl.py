@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,7 +161,7 @@ def test_a_tokenizer_that_joins_messages_is_refused():
 
 def test_join_pads_rows_at_the_right():
     """Rows of different lengths keep their own tokens, in order."""
-    rows = [ENCODER.messages(episode([0, 1], [2])), ENCODER.messages(episode([5, 6, 7], [2, 2], paid=1.0))]
+    rows = [m.tolist() for m in map(ENCODER.messages, (episode([0, 1], [2]), episode([5, 6, 7], [2, 2], paid=1.0)))]
     width = max(map(len, rows))
     tokens, counts = ENCODER.join(np.array([r + [0] * (width - len(r)) for r in rows]))
     for row, count, messages in zip(tokens, counts, rows):
@@ -253,9 +253,7 @@ def test_collate_pads_what_the_loss_ignores():
     _, played = played_lakes()
     rng = np.random.default_rng(0)
     slices = [encode_slice(ENCODER, (draw_set(played[i], rng) for i in itertools.count()), 100, 0.9) for _ in range(2)]
-    slices[1].positions = slices[1].positions[:, :-3]
-    for name in ("actions", "rewards", "discounts", "mask"):
-        setattr(slices[1], name, getattr(slices[1], name)[:, :-3])
+    slices[1] = Batch(slices[1].tokens, *(field[:, :-3] for field in slices[1][1:]))
     batch = collate(slices)
     assert batch.tokens.shape == (2, 100)
     assert batch.mask[1].sum() == slices[1].mask.sum()
@@ -357,11 +355,11 @@ def test_the_normalised_loss_by_hand():
 
 def test_a_batch_splits_into_parts_of_whole_slices():
     """In order, the last part smaller, every field alike."""
-    batch = Batch(*(torch.arange(15).view(5, 3) for _ in fields(Batch)))
+    batch = Batch(*(torch.arange(15).view(5, 3) + i for i in range(6)))
     parts = batch.split(2)
     assert [len(part.tokens) for part in parts] == [2, 2, 1]
-    for f in fields(Batch):
-        assert torch.equal(torch.cat([getattr(part, f.name) for part in parts]), getattr(batch, f.name))
+    for field, of_parts in zip(batch, zip(*parts)):
+        assert torch.equal(torch.cat(of_parts), field)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["every weight", "ia3"])
@@ -513,16 +511,33 @@ def test_playing_is_legal_and_changes_no_weight(room, monkeypatch):
     groups = []
     a_trial = (512 + 8) * 2 * 2 * 2 * 8 * 4  # slots, keys and values, layers, heads, head size, bytes
     monkeypatch.setattr(icrl, "free_memory", lambda device: 1 + room * a_trial / 0.8)
-    monkeypatch.setattr(icrl, "FrozenLake", lambda lakes, *a, **k: groups.append(len(lakes)) or FrozenLake(lakes, *a, **k))
+    world = lambda lakes, rng, max_steps: groups.append(len(lakes)) or FrozenLake(lakes, rng, max_steps=max_steps)  # noqa: E731
     net = network()
     digest = lambda: hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()  # noqa: E731
     before, lakes = digest(), random_lakes(20, np.random.default_rng(3))
-    played = icrl.play(net, ENCODER, lakes, 6, np.random.default_rng(0), 512)
+    played = icrl.play(net, ENCODER, lakes, 6, np.random.default_rng(0), 512, world=world)
     assert digest() == before
     assert groups == {1: [1] * 20, 3: [3] * 6 + [2], 100: [20]}[room]
     for lake, trial in zip(lakes, played):
         assert len(trial) == 6
         assert all(legal(ENCODER.text(e).split()[:-1], lake) for e in trial)
+
+
+def test_given_episodes_stand_at_the_beginning_of_the_context():
+    """Of different lengths, in one batch: the first Q-values are those of a full forward of the given text and the first tile."""
+    net = network()
+    lakes = [Lake(("SFF", "FFF", "FFG")), Lake(("SFG",))]
+    given = [[episode([0, 1, 2, 5, 8], [2, 2, 1, 1], paid=1.0)], [episode([0, 1], [2], truncated=True), episode([0, 0], [0])]]
+    rng = np.random.default_rng(0)
+    env = FrozenLake(lakes, rng)
+    player = InContext(net, ENCODER, env, rng, 512)
+    player.remember(given)
+    player.act(env.reset(), np.zeros(2, int), np.ones(2, bool))
+    for trial, episodes in enumerate(given):
+        text = "".join(ENCODER.text(e) for e in episodes) + "0 "
+        tokens = torch.tensor([ENCODER.tokenizer.encode(text).ids])
+        expected = net(tokens, torch.tensor([[tokens.shape[1] - 1]]))[0, 0].detach().numpy()
+        np.testing.assert_allclose(player.q[trial], expected, atol=1e-4)
 
 
 def test_the_first_episodes_are_uniformly_random():

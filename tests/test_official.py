@@ -203,7 +203,7 @@ def test_the_run_is_evaluated_and_its_adapter_loads_in_peft(checkpoint, trained,
     done = run("eval.py", folder, "--trials", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curve.csv").read_text() == (folder / "curve.csv").read_text()
-    network, encoder, _ = load_run(folder)
+    network, encoder, *_ = load_run(folder)
     batch = slices(encoder)
     q = network(batch.tokens, batch.positions)
     theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(checkpoint), folder)
@@ -225,7 +225,7 @@ def test_bf16_and_another_template_work_end_to_end(tmp_path):
     done = run("train.py", "--model", folder, *flags, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "ChatML's markers" in done.stdout
-    network, _, recipe = load_run(tmp_path / "run")
+    network, _, recipe, _ = load_run(tmp_path / "run")
     assert network.llama.vocabulary.dtype == torch.bfloat16
     assert all(vector.dtype == torch.float32 for vector in network.adapter.parameters())
     assert recipe["checkpointing"] is True
@@ -250,6 +250,7 @@ def test_bad_bases_end_with_one_sentence(checkpoint, trained, tmp_path):
     refused(run("train.py", "--model", checkpoint, *FLAGS, "--adapter", "none", *out), "--learning-rate")
     refused(run("train.py", "--model", checkpoint, *FLAGS, "--dtype", "int8", *out), "--dtype")
     refused(run("train.py", "--model", checkpoint, *FLAGS, "--tokens", 400, *out), "400 tokens of context are too few")
+    refused(run("train.py", "--model", checkpoint, *FLAGS, "--tokens", 4097, *out), "at most --tokens 4096")
     assert not (tmp_path / "run").exists()
 
 
@@ -268,7 +269,7 @@ def test_the_plan_of_the_papers_run():
     assert plan.fit(24 * 10**9, 10)[1]  # with checkpointing
     assert not plan.fit(80 * 10**9, 10)[1]
     assert plan.fit(16 * 10**9, 10) is None
-    assert plan.step(1, True) < 24e9
+    assert plan.peak(1, True) < 24e9
 
 
 def test_plan_prints_without_weights(tmp_path):
@@ -294,20 +295,22 @@ def resident():
     return 4096 * int(open("/proc/self/statm").read().split()[1])
 def forward(tokens):
     return network(torch.zeros(1, tokens, dtype=torch.long), torch.arange(0, tokens, 2)[None])
-forward(64).sum().backward()  # what the first pass allocates once and for all
+forward(2048).sum().backward()  # what the first pass allocates once and for all
 before = resident()
 q = forward(2048)
-print(resident() - before, train.Plan.of(recipe, config).{figure})
+allocated = resident() - before
+plan = train.Plan.of(recipe, config)
+print(allocated, {figure})
 """
 
 
-@pytest.mark.parametrize(("checkpointing", "figure"), [(False, "activations"), (True, "checkpointed")])
+@pytest.mark.parametrize(("checkpointing", "figure"), [(False, "plan.activations"), (True, "plan.checkpointed - plan.activations // 6")])
 def test_the_planned_activations_are_what_torch_allocates(checkpointing, figure):
-    """Between forward and backward pass the process is larger by the planned bytes, to a tenth."""
+    """Between forward and backward pass the process is larger by the planned bytes, to 3 %."""
     program = MEASURE.format(checkpointing=checkpointing, figure=figure)
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     allocated, planned = map(int, done.stdout.split())
     assert allocated > 20 * resource.getpagesize()
-    assert planned == pytest.approx(allocated, rel=0.1)
+    assert planned == pytest.approx(allocated, rel=0.03)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from frozen_lake import random_lakes
+from frozen_lake import FrozenLake, RandomPlayer, random_lakes, roll_out
 from icrl import COMPACT_TEMPLATE, Encoder, compact_tokenizer, load_run
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_the_screen_shows_progress_and_the_curve(finished):
     """A look at unseen lakes while training; at the end a plot and a table of all players."""
     text = (finished / "stdout.txt").read_text()
     assert len(re.findall(r"step (8|16): mean return on 32 unseen lakes", text)) == 2
-    for player in evaluation.PLAYERS:
+    for player in evaluation.PLAYERS.keys() - {evaluation.UNFORCED}:
         assert player in text
     assert "curve.csv" in text
     assert "curve.png" in text
@@ -201,6 +201,67 @@ def test_watch_shows_lake_path_and_q_values(finished):
     assert "<" in done.stdout
 
 
+@pytest.mark.parametrize("experiment", ["larger", "changing", "exploration", "stitching"])
+def test_every_experiment_prints_and_writes(finished, tmp_path, experiment):
+    """A table with every player, the CSV contract with as many episodes as the experiment has, and a picture."""
+    done = run("eval.py", finished, experiment, "--trials", 4, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
+    episodes = {"changing": 60, "stitching": 5}.get(experiment, 30)
+    players = list(dict.fromkeys(row["player"] for row in rows))
+    assert [(r["experiment"], r["player"], int(r["episode"]), r["trials"]) for r in rows] == [
+        (experiment, player, episode, "4") for player in players for episode in range(episodes)
+    ]
+    assert len(players) == {"exploration": 5, "stitching": 3}.get(experiment, 4)
+    assert all(f"\n{player} " in done.stdout for player in players)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_paths_are_printed_and_drawn(finished, tmp_path):
+    """The first, the eleventh and the last episode of a trial, as text and as a picture."""
+    done = run("eval.py", finished, "paths", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^episode (\d+), return [01]$", done.stdout, re.M) == ["0", "10", "29"]
+    assert (tmp_path / "paths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_compared_by_what_differs(finished, tmp_path):
+    """Two runs on the same lakes: one curve each, named by folder and setting."""
+    done = run("train.py", *SMALL, "--alpha", 0.5, "--trials", 1, "--out", tmp_path / "half")
+    assert done.returncode == 0, done.stderr
+    done = run("eval.py", "compare", finished, tmp_path / "half", "--trials", 5, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
+    assert list(dict.fromkeys(row["player"] for row in rows)) == ["small (alpha 0.1)", "half (alpha 0.5)"]
+
+
+def test_given_paths_of_stitching_cross():
+    """One legal path from a start into a hole, one from elsewhere to a goal; they meet, and neither begins on the other."""
+    rng, found = np.random.default_rng(0), 0
+    for lake in random_lakes(200, rng):
+        if "".join(lake.rows).count("S") == 1 and (pair := evaluation.crossing_paths(lake, rng)):
+            found += 1
+            winning, losing = (episode.observations.tolist() for episode in pair)
+            assert [lake.tiles[losing[0]], lake.tiles[losing[-1]], lake.tiles[winning[-1]]] == ["S", "H", "G"]
+            assert set(winning[:-1]) & set(losing[:-1])
+            assert winning[0] not in losing
+            assert losing[0] not in winning
+            assert not {lake.tiles[tile] for tile in winning[:-1] + losing[:-1]} & {"H", "G"}
+            for episode, path in zip(pair, (winning, losing)):
+                assert evaluation.along(lake, path[0], episode.actions).observations.tolist() == path
+                assert episode.total == (path is winning)
+    assert found > 30
+
+
+def test_the_notebooks_stitching_lake():
+    """Paper: episode 1 goes from tile 2 down to the goal at 22, episode 2 from tile 8 right into the hole at 11."""
+    lake = evaluation.NOTEBOOK_LAKE
+    assert evaluation.along(lake, 2, [1] * 5).observations.tolist() == [2, 6, 10, 14, 18, 22]
+    assert evaluation.along(lake, 2, [1] * 5).total == 1
+    assert evaluation.along(lake, 8, [2] * 3).observations.tolist() == [8, 9, 10, 11]
+    assert (lake.tiles[8], lake.tiles[11]) == ("S", "H")
+
+
 def test_ia3_on_a_saved_run_trains_the_vectors_alone(finished, tmp_path):
     """The base is bit-for-bit unchanged, the adapter's vectors are not ones any more, and eval plays the adapted network."""
     base = {p.name: p.read_bytes() for p in finished.iterdir()}
@@ -212,7 +273,7 @@ def test_ia3_on_a_saved_run_trains_the_vectors_alone(finished, tmp_path):
         p.name for p in folder.iterdir()
     }
     assert not (folder / "model.safetensors").exists()
-    network, _, recipe = load_run(folder)
+    network, _, recipe, _ = load_run(folder)
     assert recipe["learning_rate"] == 1e-2  # the paper's
     assert all(not torch.equal(p, torch.ones_like(p)) for p in network.adapter.parameters())
     theirs = load_file(finished / "model.safetensors")
@@ -238,7 +299,9 @@ def test_a_base_can_be_trained_on_with_all_its_weights(finished, tmp_path):
 def test_without_matplotlib_everything_but_the_picture_is_there(finished, tmp_path, monkeypatch, capsys):
     """One line says how to get it."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    evaluation.report(tmp_path, "unseen", {"sides": (3, 4), "min_hops": 3}, {"uniform random": np.eye(30)})
+    rng = np.random.default_rng(0)
+    env = FrozenLake(random_lakes(3, rng), rng)
+    evaluation.report(tmp_path, "unseen", "3 lakes", {"uniform random": roll_out(env, RandomPlayer(env, rng), 30)})
     assert {p.name for p in tmp_path.iterdir()} == {"curve.csv"}
     assert "pip install matplotlib" in capsys.readouterr().out
 
@@ -271,7 +334,10 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> None:
 def test_bad_input_ends_with_one_sentence(finished, tmp_path):
     """Missing and foreign runs, damaged files, sizes out of range, an unwritable place: exit code 2 and what to do."""
     new = ("--out", tmp_path / "new")
-    refused(run("eval.py", tmp_path / "nothing"), "nothing is no run of train.py")
+    refused(run("eval.py", tmp_path / "nothing"), "nothing is neither a run's folder nor one of unseen, larger")
+    refused(run("eval.py", finished, "unseen", "larger"), "One experiment and one run at a time")
+    refused(run("eval.py", finished, finished), "One experiment and one run at a time")
+    refused(run("eval.py", finished, "--watch", "--lake", -1), "no --lake -1")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "bert"}')
     refused(run("eval.py", tmp_path / "foreign"), "foreign is no run of train.py")
@@ -292,6 +358,16 @@ def test_bad_input_ends_with_one_sentence(finished, tmp_path):
     refused(run("train.py", *SMALL, "--heads", 3, *new), "--width 16")
     refused(run("train.py", *SMALL, "--trials", 0, *new), "--trials have to be at least 1")
     refused(run("train.py", "--adapter", "ia3", *new), "--model")
+    refused(run("train.py", "--dtype", "bfloat16", *new), "--dtype is about a base")
+    refused(run("train.py", "--at-once", 2, *new), "--at-once and --checkpointing", "together")
+    shutil.copytree(finished, old := tmp_path / "old")
+    config = json.loads((finished / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps(config | {"icrl": config["icrl"] | {"held_out": 1}}))
+    refused(run("train.py", "--resume", old), "another version", "held_out")
+    refused(run("train.py", "--model", old, *new), "another version", "held_out")
+    del config["icrl"]["dtype"]
+    (old / "config.json").write_text(json.dumps(config))
+    refused(run("eval.py", old), "another version", "dtype")
     refused(run("train.py", "--resume", finished, "--steps", 5), "leave out --steps")
     refused(run("train.py", "--model", finished, "--width", 8, *new), "leave out --width")
     refused(run("train.py", *SMALL, "--look-every", 0, *new), "--look-every")
@@ -313,11 +389,11 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(tmp_path):
     """An absurd learning rate: exit code 2, one sentence, and the checkpoint on disk has finite weights."""
     folder = tmp_path / "nan"
     done = run("train.py", *SMALL, "--learning-rate", "1e30", "--warm-up", "1", "--checkpoint-every", "1", "--out", folder)
-    refused(done, "loss is", "lower the learning rates")
+    refused(done, " is nan after 1 steps", "lower the learning rates")
     assert all(torch.isfinite(t).all() for t in load_file(folder / "state.safetensors").values())
     assert run("eval.py", folder, "--trials", 2, "--out", tmp_path / "played").returncode == 0
     again = run("train.py", "--resume", folder, "--trials", 2)
-    refused(again, "loss is")  # at the same step, since a resumed run goes the same way
+    refused(again, " is nan after 1 steps")  # at the same step, since a resumed run goes the same way
 
 
 # ------------------------------------------------------------------------------------------------------------- results
