@@ -1,27 +1,54 @@
-"""How fast is it? Run `python tests/benchmark.py`; each benchmark is one function that prints its own lines.
+"""How fast is it? Run `python tests/benchmark.py`, on a machine that does nothing else.
 
-A ratio travels from machine to machine better than a speed does, so both sides are timed in turn in the same run, and the
-ratio of their medians comes first.
+A ratio travels from machine to machine better than a speed does, so both sides of each comparison are timed in turn in the
+same run, and the ratio of their medians comes first. Peak memory is that of a process of its own for each side.
+
+The peer of training is transformers + PEFT doing what the paper's notebook does: two IA3 adapters on one frozen base, logits of
+the whole vocabulary from both, gradient checkpointing, AdamW. The peer of playing is the notebook's way too: one trial at a
+time, the whole transcript tokenised anew at each step, and `generate` of one token with a KV cache. Both sides get the same
+weights, and before the clock starts their Q-values are compared.
 """
 
 import argparse
 import itertools
-import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+import peft
+import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from frozen_lake import FrozenLake, Lake, random_lakes
+import train
+from eval import SHIPPED, test_lakes
+from frozen_lake import ACTIONS, FrozenLake, Lake, random_lakes
+from ia3 import IA3
+from icrl import (
+    Batch,
+    Encoder,
+    QNetwork,
+    compact_tokenizer,
+    load_run,
+    model_probability,
+    play,
+    td_loss,
+    td_targets,
+)
+from llama import KVCache, Llama, LlamaConfig
 
-SECONDS = 0.3  # of one repeat
+SECONDS = 0.3  # of one repeat of the environment
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEFT = {"task_type": "CAUSAL_LM", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
 
 def machine() -> str:
@@ -32,8 +59,9 @@ def machine() -> str:
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor without a name
         pass
-    versions = f"Python {platform.python_version()}, numpy {np.__version__}, gymnasium {gymnasium.__version__}"
-    return f"{cpu}, {os.cpu_count()} cores, {versions}"
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    modules = (torch, transformers, peft, gymnasium, np)
+    return f"{device}; Python {platform.python_version()}, " + ", ".join(f"{m.__name__} {m.__version__}" for m in modules)
 
 
 def alternate(repeats: int, *sides: Callable[[], float]) -> list[list[float]]:
@@ -43,6 +71,22 @@ def alternate(repeats: int, *sides: Callable[[], float]) -> list[list[float]]:
     return [list(results) for results in zip(*([side() for side in sides] for _ in range(repeats)))]
 
 
+def finish() -> float:
+    """The time when all that was begun is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def show(title: str, unit: str, rates: dict[str, list[float]]) -> None:
+    """The ratio of the first side's median to the second's, and then both with their spread."""
+    first, second = (statistics.median(r) for r in itertools.islice(rates.values(), 2))
+    print(f"{title}: {first / second:.1f} times")
+    for name, r in rates.items():
+        print(f"    {name:<44} {statistics.median(r):>14,.1f} {unit}  ({min(r):,.1f} to {max(r):,.1f})")
+
+
+# ------------------------------------------------------------------------------------------------------------- environment
 def our_speed(lakes: list[Lake]) -> Callable[[], float]:
     """A function that plays random actions on all lakes at once and returns environment steps a second."""
     rng = np.random.default_rng(0)
@@ -83,22 +127,271 @@ def gymnasium_speed(lakes: list[Lake]) -> Callable[[], float]:
     return run
 
 
-def environment(repeats: int, lakes: int) -> None:
-    """Environment steps a second, resets included: FrozenLake against gymnasium's FrozenLake-v1."""
-    maps = random_lakes(lakes, np.random.default_rng(0))
+def environment(repeats: int) -> None:
+    """Environment steps a second, resets included."""
+    maps = random_lakes(4000, np.random.default_rng(0))
     ours, theirs = alternate(repeats, our_speed(maps), gymnasium_speed(maps[:100]))
-    print(f"environment: {statistics.median(ours) / statistics.median(theirs):.0f} times gymnasium's steps a second")
-    for name, speeds in ((f"FrozenLake, {lakes:,} lakes at once", ours), ("gymnasium.make('FrozenLake-v1')", theirs)):
-        print(f"    {name:<36} {statistics.median(speeds):>14,.0f} steps/s  ({min(speeds):,.0f} to {max(speeds):,.0f})")
+    rates = {"FrozenLake, 4,000 lakes at once": ours, "gymnasium.make('FrozenLake-v1')": theirs}
+    show("Environment", "steps/s", rates)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+def slices_of(config: LlamaConfig, count: int, tokens: int) -> Batch:
+    """Random tokens with an action at every tenth, as dense as the paper's transcripts are."""
+    random = torch.Generator().manual_seed(0)
+    positions = torch.arange(5, tokens, 10).expand(count, -1)
+    shape = positions.shape
+    rewards = (torch.rand(shape, generator=random) < 0.05).float()
+    return Batch(
+        tokens=torch.randint(config.vocab_size, (count, tokens), generator=random),
+        positions=positions,
+        actions=torch.randint(4, shape, generator=random),
+        rewards=rewards,
+        discounts=0.9 * (1 - rewards),
+        mask=torch.arange(shape[1]).expand(shape) < shape[1] - 1,
+    ).to(DEVICE)
+
+
+def our_training(config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int) -> tuple:
+    """Our optimizer step with IA3, and our Q-values."""
+    with torch.device("meta"):
+        llama = Llama(config)
+    llama.load_state_dict(weights, assign=True)
+    network = QNetwork(llama, range(4), IA3.for_llama(config)).to(DEVICE)
+    recipe = replace(train.PAPER, batch=len(batch.tokens), reward_scale=1.0, at_once=at_once)
+    training = train.Training(recipe, network)
+    return lambda: training.update(batch), lambda: network(batch.tokens, batch.positions)
+
+
+def their_training(config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int) -> tuple:
+    """The notebook's step by transformers and PEFT, and its Q-values."""
+    with torch.device("meta"):
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_dict()))
+    llama.load_state_dict(weights, assign=True)
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(llama.config)  # its buffers are not among the weights
+    llama.to(DEVICE)
+    model = peft.get_peft_model(llama, peft.IA3Config(**PEFT), adapter_name="theta")
+    model.add_adapter("phi", peft.IA3Config(**PEFT))
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.set_adapter("theta")
+    vectors = {name: p for name, p in model.named_parameters() if "theta" in name}
+    slow = [dict(model.named_parameters())[name.replace("theta", "phi")] for name in vectors]
+    optimizer = torch.optim.AdamW(vectors.values(), lr=1e-2, weight_decay=0.01)
+
+    def q_of(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens, use_cache=False).logits  # (B, T, V)
+        return logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))[..., :4].float()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for part in batch.split(at_once):
+            model.set_adapter("phi")
+            with torch.no_grad():
+                q_delayed = q_of(part.tokens, part.positions)
+            model.set_adapter("theta")
+            q = q_of(part.tokens, part.positions)
+            targets = td_targets(q, q_delayed, part.rewards, part.discounts)
+            (td_loss(q, part.actions, targets, part.mask) * len(part.tokens) / len(batch.tokens)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for phi, theta in zip(slow, vectors.values()):
+                phi.lerp_(theta, 0.1)
+
+    return step, lambda: q_of(batch.tokens, batch.positions)
+
+
+TRAININGS = {  # config, slices, tokens, type, slices at once
+    "embedded": (LlamaConfig(107, 64, 192, 4, 2, 2, 32, rope_theta=10_000.0), 8, 512, torch.float32, 8),
+    "128,256 words": (LlamaConfig(128_256, 512, 1536, 4, 8, 8, 64), 2, 1024, torch.float32, 2),
+    "8B": (LlamaConfig(), 2, 4096, torch.bfloat16, 1),
+}
+
+
+def training_side(which: str, make: Callable) -> tuple:
+    config, count, tokens, dtype, at_once = TRAININGS[which]
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(config).state_dict().items()}
+    weights = {
+        name: torch.ones(shape, dtype=dtype) if len(shape) == 1 else 0.02 * torch.randn(shape).to(dtype)
+        for name, shape in shapes.items()
+    }
+    return make(config, slices_of(config, count, tokens), weights, dtype, at_once)
+
+
+def training(which: str, repeats: int) -> None:
+    """Tokens a second and peak memory of an optimizer step with IA3, ours and the peer's; the Q-values are compared first."""
+    _, count, tokens, _, _ = TRAININGS[which]
+    sides = {"ours": training_side(which, our_training), "transformers + PEFT": training_side(which, their_training)}
+    with torch.no_grad():
+        ours, theirs = (q() for _, q in sides.values())
+    apart = (ours - theirs).abs().max().item()
+    assert apart < 1e-4 * (1 if which != "8B" else 1000), f"the Q-values are {apart} apart"
+
+    def timed(step: Callable) -> Callable[[], float]:
+        def run() -> float:
+            begin = finish()
+            step()
+            return count * tokens / (finish() - begin)
+
+        return run
+
+    rates = alternate(repeats, *(timed(step) for step, _ in sides.values()))
+    show(f"Training step, {which} ({count} slices of {tokens:,} tokens, IA3)", "tokens/s", dict(zip(sides, rates)))
+    memory = [peak("training", which, side) for side in ("ours", "theirs")]
+    print(f"    peak memory: {memory[0] / 2**20:,.0f} MiB against {memory[1] / 2**20:,.0f} MiB, or {memory[0] / memory[1]:.0%}")
+    print(f"    Q-values at most {apart:.1e} apart")
+
+
+def peak(*what: str) -> int:
+    """Bytes that a process of its own needs more at its height than before it began; on a GPU the bytes that torch allocates."""
+    done = subprocess.run([sys.executable, __file__, "--peak", *what], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(kind: str, which: str, side: str) -> None:
+    """The other end of `peak`: does the thing once and prints what it took."""
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if kind == "training":
+        step, _ = training_side(which, our_training if side == "ours" else their_training)
+        step(), step()
+    else:
+        {"ours": our_playing, "theirs": their_playing}[side]()()
+    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(torch.cuda.max_memory_allocated() if DEVICE == "cuda" else on_cpu)
+
+
+# ----------------------------------------------------------------------------------------------------------------- playing
+def our_playing(trials: int = 50, episodes: int = 30) -> Callable[[], float]:
+    """50 trials of 30 episodes side by side; environment steps a second."""
+    network, encoder, recipe, _ = load_run(SHIPPED, DEVICE)
+    lakes = test_lakes(trials, recipe["sides"], recipe["min_hops"])
+
+    def run() -> float:
+        begin = finish()
+        played = play(network, encoder, lakes, episodes, np.random.default_rng(0), recipe["tokens"], recipe["max_steps"])
+        return sum(len(episode.actions) for trial in played for episode in trial) / (finish() - begin)
+
+    return run
+
+
+def their_playing(trials: int = 1, episodes: int = 30) -> Callable[[], float]:
+    """The notebook's way, one trial at a time; environment steps a second."""
+    recipe = load_run(SHIPPED).recipe
+    model = transformers.LlamaForCausalLM.from_pretrained(SHIPPED).to(DEVICE).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=compact_tokenizer())
+    lakes = test_lakes(50, recipe["sides"], recipe["min_hops"])[:trials]
+
+    @torch.inference_mode()
+    def run() -> float:
+        begin, steps, rng = finish(), 0, np.random.default_rng(0)
+        for lake in lakes:
+            env = gymnasium.make("FrozenLake-v1", desc=list(lake.rows), is_slippery=False)
+            text, cache = "", transformers.DynamicCache()
+            for episode in range(episodes):
+                state, over = env.reset(seed=int(rng.integers(2**31)))[0], False
+                text += f"{state} "
+                while not over:
+                    tokens = tokenizer(text, return_tensors="pt").to(DEVICE)
+                    out = model.generate(
+                        tokens.input_ids, attention_mask=tokens.attention_mask, past_key_values=cache, max_new_tokens=1,
+                        do_sample=False, pad_token_id=0, return_dict_in_generate=True,
+                    )  # fmt: skip
+                    word = tokenizer.decode(out.sequences[0, -1:])
+                    if word not in ACTIONS or rng.random() >= model_probability(episode):
+                        word = ACTIONS[rng.integers(4)]
+                    state, reward, terminated, truncated, _ = env.step(ACTIONS.index(word))
+                    over, steps = terminated or truncated, steps + 1
+                    text += f"{word} {state} " + ("1.0 " if reward else "") + ("... " if truncated else "")
+                text += "<|end_of_text|> "
+        return steps / (finish() - begin)
+
+    return run
+
+
+def playing(repeats: int) -> None:
+    """Environment steps a second of the shipped model, ours against the notebook's way, and peak memory."""
+    ours, theirs = alternate(repeats, our_playing(), their_playing())
+    rates = {"ours, 50 trials side by side": ours, "transformers, one trial at a time": theirs}
+    show("Playing 30 episodes, the shipped model", "steps/s", rates)
+    memory = [peak("playing", "shipped", side) for side in ("ours", "theirs")]
+    print(f"    peak memory: {memory[0] / 2**20:,.0f} MiB against {memory[1] / 2**20:,.0f} MiB")
+
+
+def context_costs() -> None:
+    """Milliseconds a step of 50 trials, as their contexts grow: linear, since each step reads the cache once."""
+    network = load_run(SHIPPED, DEVICE).network
+    cache = KVCache(network.llama.config, 50, 4200, device=DEVICE)
+    tokens = torch.zeros(50, 2, dtype=torch.long, device=DEVICE)
+    print("Playing, milliseconds a step of 50 trials by the tokens in their contexts")
+    with torch.inference_mode():
+        for length in (256, 512, 1024, 2048, 4096):
+            times = []
+            for _ in range(7):
+                cache.lengths[:] = length
+                begin = finish()
+                network(tokens, tokens[:, :1], cache)
+                times.append(1000 * (finish() - begin))
+            print(f"    {length:>6,} {statistics.median(times):8.2f} ms")
+
+
+# --------------------------------------------------------------------------------------------------- data, and the limits
+def data_path(repeats: int) -> None:
+    """Slices a second that the data path makes, Q-learning included, against those that training eats."""
+    recipe = replace(train.EMBEDDED, collection_steps=16, lakes=64)
+    encoder = Encoder(compact_tokenizer())
+    training_ = train.Training(recipe, train.new_network(recipe, encoder).to(DEVICE))
+    batch = next(train.batches(recipe, encoder, 0)).to(DEVICE)
+
+    def made() -> float:
+        begin, stream = finish(), train.collect(recipe, 100, encoder)
+        count = sum(len(b.tokens) for b in stream)
+        return count / (finish() - begin)
+
+    def eaten() -> float:
+        begin = finish()
+        training_.update(batch)
+        return recipe.batch / (finish() - begin)
+
+    rates = alternate(repeats, made, eaten)
+    show("Data path, the embedded model's recipe", "slices/s", dict(zip(("made", "eaten by training"), rates)))
+    flops = 4 * train.Plan.of(recipe, training_.online.llama.config).forward_flops * recipe.tokens * statistics.median(rates[1])
+    matmul, _ = limits()
+    print(f"    training does {flops / 1e9:,.0f} GFLOP/s in matrix products, {flops / matmul:.0%} of the machine's best")
+
+
+def limits() -> tuple[float, float]:
+    """The machine's matrix-product rate (FLOP/s) and memory bandwidth (bytes/s), measured on the spot."""
+    a, big = torch.randn(2048, 2048, device=DEVICE), torch.randn(2**26, device=DEVICE)
+    flops, moved = [], []
+    for _ in range(7):
+        begin = finish()
+        a @ a
+        middle = finish()
+        big.clone()
+        flops.append(2 * 2048**3 / (middle - begin))
+        moved.append(2 * big.nbytes / (finish() - middle))
+    limit = statistics.median(flops), statistics.median(moved)
+    print(f"Limits: {limit[0] / 1e9:,.0f} GFLOP/s in fp32 matrix products, {limit[1] / 1e9:.1f} GB/s of memory")
+    return limit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="timings of each side, of which the median counts (default 7)")
-    parser.add_argument("--lakes", type=int, default=4000, help="lakes stepped at once (default 4000)")
+    parser.add_argument("--peak", nargs=3, metavar=("KIND", "WHICH", "SIDE"), help="for this script's own use: print peak memory")
     args = parser.parse_args()
-    environment(args.repeats, args.lakes)
+    transformers.utils.logging.set_verbosity_error()
+    if args.peak:
+        return print_peak(*args.peak)
     print(machine())
+    environment(args.repeats)
+    for which in ("embedded", "128,256 words") + (("8B",) if DEVICE == "cuda" else ()):
+        training(which, args.repeats)
+    playing(args.repeats)
+    context_costs()
+    data_path(args.repeats)
 
 
 if __name__ == "__main__":
