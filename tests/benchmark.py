@@ -12,11 +12,11 @@ weights, and before the clock starts their Q-values are compared.
 import argparse
 import itertools
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -252,14 +252,20 @@ def peak(*what: str) -> int:
 
 def print_peak(kind: str, which: str, side: str) -> None:
     """The other end of `peak`: does the thing once and prints what it took."""
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the height that the imports reached
+    before = resident("VmRSS")
     if kind == "training":
         step, _ = training_side(which, our_training if side == "ours" else their_training)
         step(), step()
     else:
         {"ours": our_playing, "theirs": their_playing}[side]()()
-    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(torch.cuda.max_memory_allocated() if DEVICE == "cuda" else on_cpu)
+    print(torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident("VmHWM") - before)
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at the most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 # ----------------------------------------------------------------------------------------------------------------- playing
@@ -383,6 +389,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=3, metavar=("KIND", "WHICH", "SIDE"), help="for this script's own use: print peak memory")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # the peers' own
     if args.peak:
         return print_peak(*args.peak)
     print(machine())
