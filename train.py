@@ -502,8 +502,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the flags ask for."""
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = as_settings({f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None})
     if not args.model:
         if changed := [name for name in ("revision", "dtype") if name in given]:
             raise ValueError(f"--{changed[0]} is about a base: name it with --model.")
@@ -527,7 +526,12 @@ def recipe_from(folder: Path, settings: dict) -> Recipe:
     """The recipe of a run's folder. Raises ValueError if its settings are not exactly those of today."""
     if other := settings.keys() ^ {f.name for f in fields(Recipe)}:
         raise ValueError(f"{folder} was made by another version of train.py (see its setting {min(other)}): train it anew.")
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+    return Recipe(**as_settings(settings))
+
+
+def as_settings(values: dict) -> dict:
+    """Flags and JSON have lists where Recipe has tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder, device: str) -> int:
