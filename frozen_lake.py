@@ -17,6 +17,7 @@ Shapes: N lakes, S tiles of the largest lake (tile = row * width + column), A = 
 """
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,39 @@ class ChangingLake:
         return tuple(self._shown(*outcomes) for outcomes in zip(*(env.step(actions) for env in self.both)))
 
 
+class Windows:
+    """Some of the lakes of `env`, a `share` of them, numbered as if each were a window of a larger map, somewhere in it.
+
+    The larger map has up to `side` tiles a side. Nothing else changes, and no tile outside of the window can be reached: so
+    whoever reads tile numbers meets those of larger lakes, and their distance from row to row, on smaller ones. For players
+    it is a FrozenLake.
+    """
+
+    def __init__(self, env: FrozenLake, rng: np.random.Generator, share: float, side: int = 7):
+        self.env, self.max_steps, self.lake = env, env.max_steps, np.arange(len(env))
+        self.moves, self.goal = np.zeros((len(env), side * side, 4), int), np.zeros((len(env), side * side), bool)
+        self.numbers = np.zeros(env.goal.shape, int)  # (N, S) of each tile of a lake
+        for i, lake in enumerate(env.lakes):
+            tiles, columns, top, left = lake.tiles.size, lake.width, 0, 0
+            if rng.random() < share:
+                columns = rng.integers(lake.width, side + 1)
+                top, left = rng.integers(0, side - lake.height + 1), rng.integers(0, columns - lake.width + 1)
+            row, column = np.divmod(np.arange(tiles), lake.width)
+            self.numbers[i, :tiles] = (top + row) * columns + left + column
+            self.moves[i, self.numbers[i, :tiles]] = self.numbers[i, env.moves[i, :tiles]]
+            self.goal[i, self.numbers[i, :tiles]] = env.goal[i, :tiles]
+
+    def __len__(self) -> int:
+        return len(self.lake)
+
+    def reset(self, rows: np.ndarray | None = None) -> np.ndarray:
+        return self.numbers[self.lake, self.env.reset(rows)]
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        state, *outcome = self.env.step(actions)
+        return self.numbers[self.lake, state], *outcome
+
+
 # ----------------------------------------------------------------------------------------------- episodes and players
 @dataclass(frozen=True, eq=False)
 class Episode:
@@ -257,8 +291,10 @@ class Step(NamedTuple):
     truncated: np.ndarray
 
 
-def roll_out(env: FrozenLake, player, episodes: int, bar=None) -> list[list[Episode]]:
+def roll_out(env: FrozenLake, player, episodes: int, bar=None, limit: float = math.inf) -> list[list[Episode]]:
     """Let `player` play so many episodes on every lake of `env`, all lakes side by side; [lake][episode].
+
+    After `limit` steps on each lake everything is cut off, however many episodes that makes.
 
     A player has `act(state, episode, playing) -> action` and `learn(step, playing)`, arrays of one row a lake. No lake waits
     for another: `episode` is the number of each one's present episode, and `playing` is False where all have been played.
@@ -267,9 +303,11 @@ def roll_out(env: FrozenLake, player, episodes: int, bar=None) -> list[list[Epis
     if episodes < 1:
         raise ValueError(f"At least one episode has to be played, but {episodes} were asked for.")
     state, episode, steps = env.reset(), np.zeros(len(env), np.int64), []
-    while (playing := episode < episodes).any():
+    while (playing := episode < episodes).any() and len(steps) < limit:
         action = player.act(state, episode, playing)
         step = Step(state, action, *env.step(action))
+        if len(steps) + 1 == limit:
+            step = step._replace(truncated=~step.terminated)
         player.learn(step, playing)
         steps.append(step)
         over = step.terminated | step.truncated

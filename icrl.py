@@ -137,6 +137,8 @@ class Encoder:
         for word, token in zip(ACTIONS, self.action_tokens):
             if tokenizer.encode(word, add_special_tokens=False).ids != [token]:
                 raise ValueError(f"The action word {word!r} is not a single token of this tokenizer: take another model.")
+        parts = (self.lengths[PROMPT : PROMPT + 1], self.lengths[ACTION:OBSERVATION], self.lengths[OBSERVATION:])
+        self.step_lengths = sum(p.min() for p in parts), sum(p.max() for p in parts)  # fewest and most tokens of a step
         self._check_joints()
 
     def _check_joints(self) -> None:
@@ -317,9 +319,8 @@ def model_probability(episode: np.ndarray) -> np.ndarray:
 
 def check_context(encoder: Encoder, context: int, max_steps: int) -> None:
     """Raises ValueError if a context of so many tokens is too small for an episode of so many steps and room to forget."""
-    a_step = encoder.lengths[PROMPT] + encoder.lengths[ACTION:OBSERVATION].max() + encoder.lengths[OBSERVATION:].max()
     opening = encoder.lengths[BEGIN] + encoder.lengths[OBSERVATION:].max() + encoder.lengths[PROMPT]
-    episode = max_steps * a_step + opening + encoder.lengths[[REWARD, CUT, END]].sum()
+    episode = max_steps * encoder.step_lengths[1] + opening + encoder.lengths[[REWARD, CUT, END]].sum()
     needed = max(-(-4 * episode // 3), episode + opening)  # room to keep the last episode whole when old ones are forgotten
     if context < needed:
         raise ValueError(

@@ -9,7 +9,8 @@
 
 Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
 weight is trained, by Muon and AdamW, at a rate that falls at the end; its lakes are new for each collection instead of 250 (so
-few it would memorise), with goals 2 hops away instead of 4, and easier at first. Recipe has both settings side by side.
+few it would memorise) and easier at first; late in the training half of the data are its own trials, as the paper's section 4.6
+proposes, and not Q-learning's. Recipe has both settings side by side.
 
 A run is a folder: config.json (the network's shape and the recipe), tokenizer.json, model.safetensors or PEFT's adapter files,
 state.safetensors (all that --resume needs), log.csv, curve.csv, curve.png.
@@ -37,12 +38,13 @@ from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
 from eval import by_network, returns_of, sparkline, test_lakes, unseen
-from frozen_lake import MAX_STEPS, Episode, FrozenLake, TabularQ, random_lakes, roll_out
+from frozen_lake import MAX_STEPS, Episode, FrozenLake, TabularQ, Windows, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
     QUALITY,
     Batch,
     Encoder,
+    InContext,
     QNetwork,
     Run,
     check_context,
@@ -52,6 +54,7 @@ from icrl import (
     encode_slice,
     explain,
     load_run,
+    model_probability,
     polyak_update,
     read_recipe,
     save_network,
@@ -81,7 +84,7 @@ class Recipe:
     feed_forward: int = setting(192, "feed-forward dimension of a new network")
     # the data
     sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake, in training and test")
-    min_hops: int = setting(2, "steps from a start to the nearest goal, at least, in training and test; the paper's: 4")
+    min_hops: int = setting(4, "steps from a start to the nearest goal, at least, in training and test")
     easy_sides: tuple[int, int] = setting((3, 3), "tiles a side of the easy lakes that training begins with")
     easy_hops: int = setting(2, "steps from a start to the nearest goal on easy lakes, at least")
     easy_until: float = setting(0.4, "share of the training over which easy lakes give way to the others; 0: none")
@@ -90,10 +93,14 @@ class Recipe:
     explore: float = setting(0.3, "share of them, the first ones, in which it acts at random")
     greedy: float = setting(0.8, "chance of its best action in the others")
     collection_steps: int = setting(64, "training steps before a new collection is made")
+    late_from: float = setting(0.6, "share of the training after which own trials and windows come in")
+    own: float = setting(0.5, "share of sets that are trials of the network itself, on further lakes; 0: none")
+    own_trials: int = setting(64, "trials that it plays for a collection")
+    windows: float = setting(0.0, "share of lakes that are numbered as windows of maps of up to 7 x 7")
     quality: str = setting("mid", f"which episodes are likelier to be drawn (figure 6): {', '.join(QUALITY)}")
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
     # the optimisation
-    steps: int = setting(3400, "optimizer steps")
+    steps: int = setting(2800, "optimizer steps")
     tokens: int = setting(512, "tokens in a slice, T")
     batch: int = setting(8, "slices in a batch, B")
     gamma: float = setting(0.9, "discount within an episode")
@@ -104,7 +111,7 @@ class Recipe:
     learning_rate: float = setting(3e-3, "AdamW's learning rate")
     muon_rate: float = setting(0.02, "Muon's learning rate for the layers' matrices; 0: AdamW for all, as in the paper")
     warm_up: int = setting(50, "steps over which the learning rate rises")
-    decay_from: float = setting(0.6, "share of the training after which the learning rate falls")
+    decay_from: float = setting(0.2, "share of the training after which the learning rate falls")
     final_rate: float = setting(0.03, "learning rate at the end, as a share")
     weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates")
     clip: float = setting(1.0, "largest gradient norm; 0: any")
@@ -113,10 +120,11 @@ class Recipe:
     checkpointing: bool = setting(False, "with --at-once: keep only the layers' inputs, which takes less memory and more time")
 
     def __post_init__(self):
-        for name in "layers width heads feed_forward lakes episodes collection_steps steps batch warm_up max_steps".split():
+        counts = "layers width heads feed_forward lakes episodes collection_steps own_trials steps batch warm_up max_steps"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, but it is {getattr(self, name)}.")
-        for name in "gamma gamma_episode alpha easy_until explore greedy decay_from final_rate".split():
+        for name in "gamma gamma_episode alpha late_from own windows easy_until explore greedy decay_from final_rate".split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
         for name in "clip learning_rate muon_rate weight_decay reward_scale seed at_once".split():
@@ -135,8 +143,8 @@ PAPER = Recipe(  # for every base that is not a run of train.py
     model="meta-llama/Llama-3.1-8B-Instruct",
     dtype="bfloat16",
     adapter="ia3",
-    min_hops=4,
     easy_until=0.0,
+    own=0.0,
     lakes=250,
     episodes=1500,  # altogether about as many as 9,556 slices hold
     collection_steps=955,  # all of them: one collection, one epoch of 9,556 slices
@@ -154,11 +162,12 @@ OF_THE_METHOD = "learning_rate muon_rate warm_up decay_from clip".split()  # wha
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-def collect(recipe: Recipe, number: int, encoder: Encoder) -> Iterator[Batch]:
+def collect(recipe: Recipe, number: int, encoder: Encoder, player: QNetwork) -> Iterator[Batch]:
     """The batches of one collection: new lakes, Q-learning's episodes on them, shuffled into sets and cut into slices.
 
-    None of the lakes is a test lake.
-    All of it follows from the recipe and the collection's number, so a resumed run sees what an uninterrupted one would.
+    Late in the training some sets are trials of the network itself, played by `player`. None of the lakes is a test lake.
+    All of it follows from the recipe, the collection's number and `player`, so a resumed run sees what an uninterrupted one
+    would.
     """
     rng = np.random.default_rng([recipe.seed, number])
     progress = number * recipe.collection_steps / recipe.steps
@@ -166,21 +175,41 @@ def collect(recipe: Recipe, number: int, encoder: Encoder) -> Iterator[Batch]:
     lakes = random_lakes(recipe.lakes - easy, rng, recipe.sides, recipe.min_hops, test=False)
     if easy:
         lakes += random_lakes(easy, rng, recipe.easy_sides, recipe.easy_hops, test=False)
-    env = FrozenLake(lakes, rng, max_steps=recipe.max_steps)
+    late = progress >= recipe.late_from
+    env = Windows(FrozenLake(lakes, rng, max_steps=recipe.max_steps), rng, recipe.windows if late else 0.0)
     greedy = lambda episode: np.where(episode < recipe.explore * recipe.episodes, 0.0, recipe.greedy)  # noqa: E731
     played = roll_out(env, TabularQ(env, rng, greedy), recipe.episodes)
     orders = (rng.permutation(len(lakes)) for _ in itertools.count())
     sets = (draw_set(played[lake], rng, recipe.quality) for order in orders for lake in order)
+    if late and recipe.own:
+        trials = itertools.cycle(own_trials(recipe, rng, encoder, player))
+        sets = (next(trials) if rng.random() < recipe.own else drawn for drawn in sets)
     for _ in range(recipe.collection_steps):
         slices = [encode_slice(encoder, sets, recipe.tokens, recipe.gamma, recipe.gamma_episode) for _ in range(recipe.batch)]
         yield collate(slices)
 
 
-def batches(recipe: Recipe, encoder: Encoder, start: int) -> Iterator[Batch]:
-    """The batches of training from step `start` on."""
-    number, skip = divmod(start, recipe.collection_steps)
+def own_trials(recipe: Recipe, rng: np.random.Generator, encoder: Encoder, player: QNetwork) -> list[list[Episode]]:
+    """What the network does on lakes of its own, a slice long; with forced random actions in half of the trials, as in tests.
+
+    Its mistakes are in no other player's data: only from these transcripts it learns what loops and detours are worth.
+    """
+    lakes = random_lakes(recipe.own_trials, rng, recipe.sides, recipe.min_hops, test=False)
+    env = Windows(FrozenLake(lakes, rng, max_steps=recipe.max_steps), rng, recipe.windows)
+    unforced = np.arange(len(lakes)) % 2 == 0
+    probability = lambda episode: np.where(unforced, 1.0, model_probability(episode))  # noqa: E731
+    steps = recipe.tokens // encoder.step_lengths[0] + 1
+    return roll_out(env, InContext(player, encoder, env, rng, 2 * recipe.tokens, probability), steps, limit=steps)
+
+
+def batches(encoder: Encoder, training: "Training") -> Iterator[Batch]:
+    """The batches from the training's present step on."""
+    recipe = training.recipe
+    number, skip = divmod(training.step, recipe.collection_steps)
     while True:
-        yield from itertools.islice(collect(recipe, number, encoder), skip, None)
+        if not skip:
+            polyak_update(training.online, training.player, 1.0)
+        yield from itertools.islice(collect(recipe, number, encoder, training.player), skip, None)
         number, skip = number + 1, 0
 
 
@@ -224,6 +253,7 @@ class Training:
     def __init__(self, recipe: Recipe, network: QNetwork):
         network.llama.checkpointing = recipe.checkpointing
         self.recipe, self.online, self.delayed, self.step = recipe, network, network.delayed_copy(), 0
+        self.player = network.delayed_copy()  # plays the present collection's own trials, as the network was when it began
         trained = network.trained()
         matrices = [name for name in trained if recipe.muon_rate and ".layers." in name and trained[name].ndim == 2]
         adamw = torch.optim.AdamW([p for name, p in trained.items() if name not in matrices], weight_decay=recipe.weight_decay)
@@ -284,6 +314,7 @@ class Training:
             self.evaluate(part)
         tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
         tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
+        tensors |= {f"player.{name}": p.detach() for name, p in self.player.trained().items()}
         for number, (optimizer, _) in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
@@ -297,7 +328,7 @@ class Training:
         path, states = folder / "state.safetensors", [optimizer.state_dict() for optimizer, _ in self.optimizers]
         try:
             with safe_open(path, "pt") as file:
-                for prefix, network in (("online", self.online), ("delayed", self.delayed)):
+                for prefix, network in (("online", self.online), ("delayed", self.delayed), ("player", self.player)):
                     for name, parameter in network.trained().items():
                         parameter.copy_(file.get_tensor(f"{prefix}.{name}"))
                 for key in file.keys():  # noqa: SIM118, it is no dict
@@ -340,7 +371,7 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
     bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True)
     try:
         with bar, open_log(folder / "log.csv", training.step) as log:
-            stream, batch = batches(recipe, encoder, training.step), None
+            stream, batch = batches(encoder, training), None
             while training.step < recipe.steps and not stop:
                 batch = next(stream).to(args.device)
                 row = training.update(batch)
@@ -370,7 +401,7 @@ class Plan:
     frozen: int  # parameters
     trained: int  # parameters
     weights: int  # frozen ones
-    learning: int  # theta, phi, gradient and AdamW's two moments of what is trained
+    learning: int  # theta, phi, what plays, gradient and AdamW's two moments of what is trained
     activations: int  # kept of one slice for the backward pass
     checkpointed: int  # the same with checkpointing: the layers' inputs, what is outside of the layers, and one layer's own
     passing: int  # of one slice within a layer: four float32 arrays as wide as its feed-forward network
@@ -402,7 +433,7 @@ class Plan:
             frozen=frozen,
             trained=trained,
             weights=frozen * dtype.itemsize,
-            learning=5 * trained * (4 if recipe.adapter == "ia3" else dtype.itemsize),
+            learning=6 * trained * (4 if recipe.adapter == "ia3" else dtype.itemsize),
             activations=kept[0],
             checkpointed=kept[1] + kept[0] // config.num_hidden_layers,
             passing=4 * 4 * recipe.tokens * config.intermediate_size,
@@ -430,7 +461,7 @@ class Plan:
         lines = [
             f"parameters              {self.trained:,} trained, {self.frozen:,} frozen",
             f"frozen weights          {mib(self.weights)}  ({recipe.dtype})",
-            f"what is trained         {mib(self.learning)}  (online, delayed, gradient, two moments; float32)",
+            f"what is trained         {mib(self.learning)}  (online, delayed, playing, gradient, two moments)",
             f"activations of a slice  {mib(self.activations)}  ({recipe.tokens:,} tokens)",
             f"  with checkpointing    {mib(self.checkpointed)}",
             f"KV cache of a trial     {mib(self.cache)}  ({recipe.tokens:,} tokens)",
@@ -540,8 +571,12 @@ def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder
     for parameter in network.trained().values():
         parameter.requires_grad_(True)
     rehearsal, started = Training(recipe, network), time.perf_counter()
-    batch = next(batches(recipe, encoder, 0)).to(device)
+    batch = next(batches(encoder, rehearsal)).to(device)
     collected = time.perf_counter() - started
+    if recipe.own:
+        started = time.perf_counter()
+        own_trials(recipe, np.random.default_rng(0), encoder, network)
+        collected += (1 - recipe.late_from) * (time.perf_counter() - started)
     rehearsal.update(batch)
     started, repeats = time.perf_counter(), 5
     for _ in range(repeats):

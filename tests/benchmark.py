@@ -348,10 +348,10 @@ def data_path(repeats: int) -> None:
     recipe = replace(train.EMBEDDED, collection_steps=16, lakes=64)
     encoder = Encoder(compact_tokenizer())
     training_ = train.Training(recipe, train.new_network(recipe, encoder).to(DEVICE))
-    batch = next(train.batches(recipe, encoder, 0)).to(DEVICE)
+    batch = next(train.batches(encoder, training_)).to(DEVICE)
 
     def made() -> float:
-        begin, stream = finish(), train.collect(recipe, 100, encoder)
+        begin, stream = finish(), train.collect(recipe, 100, encoder, training_.player)
         count = sum(len(b.tokens) for b in stream)
         return count / (finish() - begin)
 

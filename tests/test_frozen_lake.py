@@ -20,6 +20,7 @@ from frozen_lake import (
     ShortestPath,
     Step,
     TabularQ,
+    Windows,
     _random_tiles,
     draw,
     random_lakes,
@@ -433,6 +434,47 @@ def test_a_lake_changes_after_so_many_episodes():
             assert all(move(lake, tile, action) == onward for tile, action, onward in zip(path, episode.actions, path[1:]))
             assert episode.total == (path[-1] in places(lake, "G"))
             assert episode.truncated or path[-1] in places(lake, "GH")
+
+
+def test_a_window_changes_the_numbers_of_the_tiles_and_nothing_else():
+    """Numbers of a 7 x 7 map at most, equally far from row to row, one for each tile; starts, moves and ends stay the same."""
+    lakes = random_lakes(80, rng(1), (3, 5), 4)
+    env, plain = Windows(FrozenLake(lakes, rng(2)), rng(3), 0.5), FrozenLake(lakes, rng(2))
+    renumbered = 0
+    for lake, numbers in zip(lakes, env.numbers):
+        grid = numbers[: lake.tiles.size].reshape(lake.height, lake.width)
+        assert np.all(np.diff(grid, axis=1) == 1)
+        (stride,) = set(np.diff(grid, axis=0).ravel().tolist())
+        assert lake.width <= stride <= 7
+        assert 0 <= grid[0, 0] % stride <= stride - lake.width
+        assert grid[-1, -1] < 7 * stride
+        renumbered += grid[0, 0] > 0 or stride > lake.width
+    assert 20 < renumbered < 60
+    names, dice, row = env.numbers, rng(4), np.arange(80)
+    assert np.array_equal(env.reset(), names[row, plain.reset()])
+    for _ in range(300):
+        action = dice.integers(0, 4, 80)
+        ours, theirs = env.step(action), plain.step(action)
+        assert np.array_equal(ours[0], names[row, theirs[0]])
+        assert all(np.array_equal(a, b) for a, b in zip(ours[1:], theirs[1:]))
+        assert np.array_equal(env.goal[row, ours[0]], plain.goal[row, theirs[0]])
+        over = ours[2] | ours[3]
+        assert np.array_equal(env.reset(over), names[row, plain.reset(over)])
+    assert [e.total for trial in roll_out(env, ShortestPath(env), 2) for e in trial] == [1] * 160
+
+
+def test_a_roll_out_can_be_cut_off():
+    """After 25 steps on each lake all is over: the steps are those of a longer roll-out, and the last episode is truncated."""
+    lakes = random_lakes(20, rng(1))
+    whole, cut = (
+        roll_out(env := FrozenLake(lakes, rng(2)), RandomPlayer(env, rng(3)), 25, limit=limit) for limit in (math.inf, 25)
+    )
+    for long, short in zip(whole, cut):
+        assert sum(len(e.actions) for e in short) == 25
+        assert [e.actions.tolist() for e in short[:-1]] == [e.actions.tolist() for e in long[: len(short) - 1]]
+        last, there = short[-1], long[len(short) - 1]
+        assert last.actions.tolist() == there.actions[: len(last.actions)].tolist()
+        assert last.truncated == (len(last.actions) < len(there.actions) or there.truncated)
 
 
 def test_the_explorer_takes_a_changed_lake_as_it_finds_it():

@@ -137,9 +137,7 @@ def test_slices_one_at_a_time_give_the_same_step(checkpoint):
     for at_once, checkpointing in ((3, False), (2, False), (1, True)):
         llama = load_llama(checkpoint)
         network = QNetwork(llama, encoder.action_tokens, IA3.for_llama(llama.config))
-        recipe = train.Recipe(
-            model="a base", adapter="ia3", batch=3, muon_rate=0.0, at_once=at_once, checkpointing=checkpointing
-        )
+        recipe = train.Recipe(model="a base", adapter="ia3", batch=3, muon_rate=0.0, at_once=at_once, checkpointing=checkpointing)
         training = train.Training(recipe, network)
         row = training.update(batch)
         outcomes.append((row, {name: vector.grad.clone() for name, vector in network.adapter.named_parameters()}))

@@ -80,7 +80,7 @@ def test_training_moves_every_weight_and_the_loss_falls():
     encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
     training = train.Training(recipe, train.new_network(recipe, encoder))
     before = {name: p.detach().clone() for name, p in training.online.trained().items()}
-    stream = train.batches(recipe, encoder, 0)
+    stream = train.batches(encoder, training)
     losses = [training.update(next(stream))["loss"] for _ in range(200)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
     assert all(not torch.equal(before[name], p) for name, p in training.online.trained().items())
@@ -164,21 +164,61 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_no_training_lake_is_a_test_lake():
-    """Neither easy nor other lakes of a collection are; unasked, some would be among so many."""
-    recipe = train.Recipe(sides=(3, 3), min_hops=3, lakes=400, episodes=20, collection_steps=100, batch=1, steps=1000)
+    """Neither easy nor other lakes of a collection are, nor those that the network plays; unasked, some would be."""
+    recipe = train.Recipe(
+        layers=1, width=16, feed_forward=16, sides=(3, 3), min_hops=3, lakes=400, episodes=20, collection_steps=100, batch=1,
+        steps=1000, late_from=0.0, own_trials=100, tokens=144,
+    )  # fmt: skip
+    encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
     drawn = []
     original = train.random_lakes
     train.random_lakes = lambda *args, **settings: drawn.extend(lakes := original(*args, **settings)) or lakes
     try:
-        stream = train.batches(recipe, Encoder(compact_tokenizer(), COMPACT_TEMPLATE), 0)
+        training = train.Training(recipe, train.new_network(recipe, encoder))
+        stream = train.batches(encoder, training)
         for _ in range(201):
             next(stream)
     finally:
         train.random_lakes = original
-    assert len(drawn) == 1200
+    assert len(drawn) == 1500
     assert not any(lake.is_test for lake in drawn)
     assert any(lake.is_test for lake in random_lakes(400, np.random.default_rng(0), (3, 3), 2))
     assert all(lake.is_test for lake in evaluation.test_lakes(300, (3, 3), 2))
+
+
+def test_own_trials_are_what_the_network_does():
+    """They fill a slice each; where nothing is forced, every action is the best of the network's Q-values in that transcript."""
+    recipe = train.Recipe(layers=1, width=16, feed_forward=16, sides=(3, 3), own_trials=6, tokens=160, max_steps=30, windows=0.5)
+    encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
+    network = train.new_network(recipe, encoder)
+    trials = train.own_trials(recipe, np.random.default_rng(3), encoder, network)
+    assert len(trials) == 6
+    for number, trial in enumerate(trials):
+        batch = train.encode_slice(encoder, iter([trial]), recipe.tokens, recipe.gamma)
+        assert batch.tokens.shape == (1, recipe.tokens)
+        best = network(batch.tokens, batch.positions).argmax(-1)
+        assert bool((best == batch.actions).all()) == (number % 2 == 0)
+        assert not batch.mask[0, -1] or batch.discounts[0, -1] == 0
+
+
+def test_own_trials_are_drawn_as_often_as_asked():
+    """A network whose Q-values are all equal goes left: with own = 1 the slices show it, before late_from they do not."""
+    encoder = Encoder(compact_tokenizer(), COMPACT_TEMPLATE)
+
+    def left(own: float, late_from: float) -> float:
+        recipe = train.Recipe(
+            layers=1, width=16, feed_forward=16, sides=(3, 3), own_trials=8, tokens=160, max_steps=30, batch=2,
+            own=own, late_from=late_from, steps=640,
+        )  # fmt: skip
+        network = train.new_network(recipe, encoder)
+        network.llama.lm_head.weight.detach()[encoder.action_tokens] = 0
+        drawn = train.collect(recipe, 5, encoder, network)  # at half of the training
+        return np.mean([(batch.actions[batch.mask] == 0).float().mean() for batch in drawn])
+
+    late, never, mixed, always = left(1.0, 0.6), left(0.0, 0.0), left(0.5, 0.5), left(1.0, 0.5)
+    assert late == never < 0.4
+    assert never + 0.1 < mixed < always - 0.1
+    assert always > 0.6  # the other half of the trials is mostly forced
 
 
 def test_evaluation_replays_the_run_and_changes_no_file_of_it(finished, tmp_path):
