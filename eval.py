@@ -9,20 +9,24 @@
     python eval.py [RUN] paths          figure 1: early, middle and late paths of one trial, drawn on the lake
     python eval.py [RUN] --watch        one trial on the terminal, with the Q-values of each step
 
-Without RUN it is the run that comes with the project. Part of the paper: section 4. Every trial is one lake and one growing
-context; no weight changes. Departures: the curves come with 95 % confidence intervals and with reference players (uniform
-random, tabular Q-learning from nothing with the same exploration schedule, and a systematic explorer), and there are 200
-trials instead of 50.
+Without RUN it is the run that comes with the project. `torchrun --nproc-per-node 4 eval.py ...` divides the trials.
+
+Part of the paper: section 4. Every trial is one lake and one growing context; no weight changes. Departures: the curves come
+with 95 % confidence intervals and with reference players (uniform random, tabular Q-learning from nothing with the same
+exploration schedule, and a systematic explorer), and there are 200 trials instead of 50.
 """
 
 import argparse
 import csv
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from frozen_lake import (
     ACTIONS,
@@ -55,7 +59,7 @@ PLAYERS = {
     "tabular Q-learning": ("#E69F00", "q"),
     "uniform random": ("#7F7F7F", "r"),
 }
-COMPARED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COMPARED = ("#08306B", "#2F7FC1", "#8CC4E8", "#54278F", "#B497D6", "#D55E00", "#000000")
 
 
 def test_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[Lake]:
@@ -68,10 +72,37 @@ def test_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[Lake]:
 Played = dict[str, list[list[Episode]]]  # by player, trial and episode
 
 
-def by_network(run: Run, lakes: Sequence, seed: int, episodes: int = EPISODES, **settings) -> list[list[Episode]]:
-    """The network plays so many episodes on each lake; settings are those of icrl.play."""
-    rng, recipe = np.random.default_rng(seed), run.recipe
-    return play(run.network, run.encoder, lakes, episodes, rng, recipe["tokens"], recipe["max_steps"], **settings)
+def join_others(device: str) -> str:
+    """Under torchrun: meet the other processes. Returns this one's device; only the first one prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    return device
+
+
+def rank_of() -> tuple[int, int]:
+    """This process's number and how many there are, (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def by_network(
+    run: Run, lakes: Sequence, seed: int, episodes: int = EPISODES, given: Sequence | None = None, **settings
+) -> list[list[Episode]]:
+    """The network plays so many episodes on each lake; settings are those of icrl.play. Processes divide the lakes."""
+    (rank, world), recipe = rank_of(), run.recipe
+    rng, given = np.random.default_rng(seed + rank), given and given[rank::world]
+    lakes = lakes[rank::world]
+    played = play(run.network, run.encoder, lakes, episodes, rng, recipe["tokens"], recipe["max_steps"], given=given, **settings)
+    if world == 1:
+        return played
+    everyones = [None] * world
+    dist.all_gather_object(everyones, played)
+    return [trial for turn in itertools.zip_longest(*everyones) for trial in turn if trial is not None]
 
 
 def by_references(run: Run, lakes: Sequence, seed: int, episodes: int = EPISODES, world: Callable = FrozenLake) -> Played:
@@ -112,10 +143,12 @@ def write_curve(path: Path, experiment: str, returns: dict[str, np.ndarray]) -> 
 def style(player: str, players: list[str]) -> tuple[str, str]:
     """A player's colour and letter; compared runs take theirs in order."""
     number = players.index(player)
-    return PLAYERS.get(player, (COMPARED[number % len(COMPARED)], "abcdefghijklmnopqrstuvwxyz"[number % 26]))
+    return PLAYERS.get(player, (COMPARED[number % len(COMPARED)], "abcdfghijk"[number % 10]))
 
 
 def save_picture(path: Path, figure) -> None:
+    if rank_of()[0]:
+        return
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
@@ -167,6 +200,8 @@ def sparkline(r: np.ndarray) -> str:
 
 def report(folder: Path, experiment: str, title: str, played: Played) -> None:
     """Print the plot and the table of an experiment; write curve.csv and curve.png into `folder`."""
+    if rank_of()[0]:
+        return
     returns = {player: returns_of(trials) for player, trials in played.items()}
     print(f"\n{title}\n\n{text_plot(returns)}\n\n{table(returns)}\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,16 +317,15 @@ def stitching(run: Run, folder: Path, trials: int, seed: int) -> None:
     lakes, episodes = zip(*given)
     played = by_network(run, lakes, seed, 5, probability=always, given=episodes)
     without = by_network(run, lakes, seed, 5, probability=always)
-    chance = by_references(run, lakes, seed, 5)["uniform random"]
-    names = (TRANSFORMER, "without the given episodes", "uniform random")
+    everyone = {TRANSFORMER: played, "without the given episodes": without} | by_references(run, lakes, seed, 5)
     print(f"{'':28}  solved at once   within five episodes")
     for what, trial in (("the notebook's lake, 5 trials", slice(0, 5)), (f"{len(lakes) - 5} generated lakes", slice(5, None))):
         print(what)
-        for name, games in zip(names, (played, without, chance)):
+        for name, games in everyone.items():
             r = returns_of(games[trial])
             print(f"  {name:26}{r[:, 0].mean():16.0%}{(r.max(1) > 0).mean():23.0%}")
     title = f"{len(lakes) - 5} lakes with two given episodes whose paths cross"
-    report(folder, "stitching", title, dict(zip(names, (games[5:] for games in (played, without, chance)))))
+    report(folder, "stitching", title, {name: games[5:] for name, games in everyone.items()})
 
 
 def compare(runs: list[Run], folder: Path, trials: int, seed: int) -> None:
@@ -303,6 +337,7 @@ def compare(runs: list[Run], folder: Path, trials: int, seed: int) -> None:
     for run in runs:
         settings = ", ".join(f"{key} {run.recipe.get(key)}" for key in differing)
         played[f"{run.folder.name} ({settings})" if settings else run.folder.name] = by_network(run, lakes, seed)
+    played |= by_references(runs[0], lakes, seed)
     report(folder, "compare", described(trials, "unseen lakes", first["sides"], first["min_hops"]), played)
 
 
@@ -397,7 +432,8 @@ def main(arguments: list[str] | None = None) -> None:
         for folder in folders:
             if not folder.exists():
                 raise ValueError(f"{folder} is neither a run's folder nor one of {', '.join(names)}.")
-        runs = [load_run(folder, args.device) for folder in folders]
+        device = join_others(args.device)
+        runs = [load_run(folder, device) for folder in folders]
         for run in runs:
             run.recipe["tokens"] = run.recipe["tokens"] if args.context is None else args.context
         here = SHIPPED.parent if folders == [SHIPPED] else folders[0]

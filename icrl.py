@@ -190,6 +190,10 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         return Batch(*(field.to(device) for field in self))
 
+    def every(self, step: int, first: int) -> "Batch":
+        """The slices `first`, `first` + `step`, ..."""
+        return Batch(*(field[first::step] for field in self))
+
     def split(self, size: int) -> list["Batch"]:
         """Parts of at most `size` slices."""
         return [Batch(*parts) for parts in zip(*(field.split(size) for field in self))]

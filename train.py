@@ -6,6 +6,7 @@
     python train.py --model ... --plan              what that will need, without its weights
     python train.py --model RUN                     the paper's method in miniature: IA3 vectors on the frozen network of RUN
     python train.py --resume RUN                    go on exactly where RUN was stopped
+    torchrun --nproc-per-node 4 train.py ...        the same on four GPUs: each takes a part of every batch
 
 Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
 weight is trained, by Muon and AdamW, at a rate that falls at the end; its lakes are new for each collection instead of 250 (so
@@ -21,6 +22,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -31,13 +33,14 @@ from typing import TextIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from eval import by_network, returns_of, sparkline, test_lakes, unseen
+from eval import by_network, join_others, rank_of, returns_of, sparkline, test_lakes, unseen
 from frozen_lake import MAX_STEPS, Episode, FrozenLake, TabularQ, Windows, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
@@ -269,16 +272,12 @@ class Training:
         return min(1.0, (self.step + 1) / r.warm_up) * (1 - (1 - r.final_rate) * fall)
 
     def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss (scalar), the Q-values of the actions taken and their targets (positions in the loss,).
-
-        Raises FloatingPointError if the loss is not finite.
-        """
+        """The loss (scalar), the Q-values of the actions taken and their targets (positions in the loss,)."""
         q = self.online(batch.tokens, batch.positions)  # (B, N, A)
         with torch.no_grad():
             q_delayed = self.delayed(batch.tokens, batch.positions)
         targets = td_targets(q, q_delayed, self.recipe.reward_scale * batch.rewards, batch.discounts)  # (B, N)
         loss = td_loss(q, batch.actions, targets, batch.mask, self.recipe.normalised)
-        self.check_finite("loss", loss.item())
         return loss, q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)[batch.mask], targets[batch.mask]
 
     def check_finite(self, what: str, value: float) -> None:
@@ -287,16 +286,24 @@ class Training:
             raise FloatingPointError(f"{after}: lower the learning rates; the last checkpoint is kept.")
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step and one Polyak step; returns the row of log.csv."""
-        r = self.recipe
-        row = {"step": self.step + 1, "loss": 0.0, "mean_q": 0.0, "mean_target": 0.0}
+        """One optimizer step and one Polyak step; returns the row of log.csv.
+
+        Each process takes a part of the batch; the sum of all gradients is everyone's. Raises FloatingPointError, before
+        anything changes, if the loss or the gradient is not finite.
+        """
+        r, (rank, world) = self.recipe, rank_of()
+        means = torch.zeros(3, device=batch.tokens.device)  # loss, Q, target
         self.online.zero_grad()
-        for part in batch.split(r.at_once or r.batch):
+        for part in batch.every(world, rank).split(r.at_once or r.batch):
             loss, q, targets = self.evaluate(part)
-            share = (part.mask.sum() / batch.mask.sum()).item()
+            share = part.mask.sum() / batch.mask.sum()
             (share * loss).backward()
-            for name, value in (("loss", loss), ("mean_q", q.mean()), ("mean_target", targets.mean())):
-                row[name] += share * value.item()
+            means += share * torch.stack((loss.detach(), q.mean(), targets.mean()))
+        if world > 1:
+            for tensor in (means, *(p.grad for p in self.online.trained().values())):
+                dist.all_reduce(tensor)
+        row = {"step": self.step + 1} | dict(zip(("loss", "mean_q", "mean_target"), means.tolist()))
+        self.check_finite("loss", row["loss"])
         row["learning_rate"] = r.learning_rate * self.schedule()
         row["gradient_norm"] = nn.utils.clip_grad_norm_(self.online.trained().values(), r.clip or math.inf).item()
         self.check_finite("gradient's norm", row["gradient_norm"])
@@ -310,8 +317,10 @@ class Training:
     @torch.no_grad()
     def save(self, folder: Path, batch: Batch | None = None) -> None:
         """Write the state for --resume, as one file, and the network for use, if its loss on `batch` is finite."""
+        if rank_of()[0]:
+            return
         for part in batch.split(self.recipe.at_once or self.recipe.batch) if batch else ():
-            self.evaluate(part)
+            self.check_finite("loss", self.evaluate(part)[0].item())
         tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
         tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
         tensors |= {f"player.{name}": p.detach() for name, p in self.player.trained().items()}
@@ -350,10 +359,20 @@ LOG = ("step", "loss", "mean_q", "mean_target", "learning_rate", "gradient_norm"
 
 def open_log(path: Path, step: int) -> TextIO:
     """log.csv, ready for the row of the step after `step`; later rows, which a resumed run makes again, are dropped."""
+    if rank_of()[0]:
+        return open(os.devnull, "w")
     rows = path.read_text().splitlines()[1 : step + 1] if step else []
     with replacing(path) as temporary:
         temporary.write_text("\n".join([",".join(LOG), *rows]) + "\n")
     return open(path, "a", buffering=1)
+
+
+def everyones(value) -> list:
+    """What each process has here, in order."""
+    values = [value] * rank_of()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Namespace) -> bool:
@@ -368,11 +387,11 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
         print("\nStopping after this step, with a checkpoint. Once more: at once, without.", file=sys.stderr)
 
     handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True, disable=rank_of()[0] > 0)
     try:
         with bar, open_log(folder / "log.csv", training.step) as log:
             stream, batch = batches(encoder, training), None
-            while training.step < recipe.steps and not stop:
+            while training.step < recipe.steps and not sum(everyones(bool(stop))):
                 batch = next(stream).to(args.device)
                 row = training.update(batch)
                 log.write(",".join(f"{row[name]:.6g}" for name in LOG) + "\n")
@@ -610,7 +629,10 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     check_context(encoder, recipe.tokens, recipe.max_steps)
     for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
         random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
+    if recipe.batch < rank_of()[1]:
+        raise ValueError(f"{rank_of()[1]} processes cannot share a batch of {recipe.batch} slices: start fewer of them.")
     folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
+    folder, *_ = everyones(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --out, or go on with it by --resume {folder}.")
     if recipe.model:
@@ -619,8 +641,11 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     else:
         network = new_network(recipe, encoder).to(args.device)
     if args.minutes is not None:
-        recipe = replace(recipe, steps=steps_in(args.minutes, recipe, network, encoder, args.device))
+        recipe = replace(recipe, steps=everyones(steps_in(args.minutes, recipe, network, encoder, args.device))[0])
     training = Training(recipe, network)
+    everyones(None)  # all have seen that the folder is free
+    if rank_of()[0]:
+        return folder, training, encoder
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "tokenizer.json") as temporary:
         temporary.write_text(encoder.tokenizer.to_str(pretty=True))
@@ -647,6 +672,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_flags(args)
         if args.plan:
             return plan(args)
+        args.device = join_others(args.device)
         folder, training, encoder = resume(args) if args.resume else begin(args)
         recipe = training.recipe
         count = sum(p.numel() for p in training.online.trained().values())

@@ -264,7 +264,7 @@ def test_every_experiment_prints_and_writes(finished, tmp_path, experiment):
     assert [(r["experiment"], r["player"], int(r["episode"]), r["trials"]) for r in rows] == [
         (experiment, player, episode, "4") for player in players for episode in range(episodes)
     ]
-    assert len(players) == {"exploration": 5, "stitching": 3}.get(experiment, 4)
+    assert len(players) == (5 if experiment in ("exploration", "stitching") else 4)
     assert all(f"\n{player} " in done.stdout for player in players)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -284,7 +284,8 @@ def test_runs_are_compared_by_what_differs(finished, tmp_path):
     done = run("eval.py", "compare", finished, tmp_path / "half", "--trials", 5, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
-    assert list(dict.fromkeys(row["player"] for row in rows)) == ["small (alpha 0.1)", "half (alpha 0.5)"]
+    references = ["systematic explorer", "tabular Q-learning", "uniform random"]
+    assert list(dict.fromkeys(row["player"] for row in rows)) == ["small (alpha 0.1)", "half (alpha 0.5)", *references]
 
 
 def test_given_paths_of_stitching_cross():
@@ -469,3 +470,56 @@ def test_text_plot_puts_each_player_where_its_mean_is():
     lines = evaluation.text_plot(returns, height=5).splitlines()
     assert lines[0].startswith(" 1.0 |T T T T T")
     assert lines[4].startswith(" 0.0 |r r r r r")
+
+
+def torchrun(processes: int, program: Path, *arguments) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command_line = [*launcher, str(program), *map(str, arguments)]
+    return subprocess.run(command_line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def test_two_processes_learn_as_one(tmp_path):
+    """torchrun: every number of the log and every weight as by one process, to the rounding of sums in another order."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = [*SMALL, "--batch", 3, "--steps", 16, "--late-from", 0.5]
+    assert run("train.py", *settings, "--out", one).returncode == 0
+    done = torchrun(2, ROOT / "train.py", *settings, "--out", two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("uniform random") == 2  # the plot and the table, once
+    ours, theirs = (np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1) for folder in (two, one))
+    assert ours.shape == theirs.shape == (16, 6)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    ours, theirs = (load_file(folder / "state.safetensors") for folder in (two, one))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-3, msg=name)  # Muon computes in bfloat16
+    assert len((two / "curve.csv").read_text().splitlines()) == len((one / "curve.csv").read_text().splitlines()) == 121
+
+
+def test_a_batch_smaller_than_the_group_is_refused(tmp_path):
+    done = torchrun(2, ROOT / "train.py", *SMALL, "--batch", 1, "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert "2 processes cannot share a batch of 1 slices" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_divide_the_trials_of_an_evaluation(finished, tmp_path):
+    """Each plays its part; where neither coin nor start is random, the trials are those of one process, in order."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from eval import always, by_network, join_others, rank_of, test_lakes
+from icrl import load_run
+join_others("cpu")
+lakes = [lake for lake in test_lakes(60, (3, 4), 3) if str(lake).count("S") == 1][:7]
+played = by_network(load_run({str(finished)!r}), lakes, 0, 4, probability=always)
+with open(f"{tmp_path}/{{rank_of()[1]}}-{{rank_of()[0]}}.json", "w") as file:
+    json.dump([[episode.observations.tolist() for episode in trial] for trial in played], file)
+"""
+    )
+    for processes in (1, 2):
+        done = torchrun(processes, program)
+        assert done.returncode == 0, done.stderr
+    alone, first, second = ((tmp_path / f"{name}.json").read_text() for name in ("1-0", "2-0", "2-1"))
+    assert alone == first == second
+    assert len(json.loads(alone)) == 7
