@@ -26,11 +26,12 @@ import numpy as np
 import peft
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from eval import SHIPPED, test_lakes
+from eval import SHIPPED, save_picture, test_lakes
 from frozen_lake import ACTIONS, FrozenLake, Lake, random_lakes
 from ia3 import IA3
 from icrl import (
@@ -79,7 +80,7 @@ def finish() -> float:
 
 
 def show(title: str, unit: str, rates: dict[str, list[float]]) -> None:
-    """The ratio of the first side's median to the second's, and then both with their spread."""
+    """The ratio of the first side's median to the second's, and then all of them with their spread."""
     first, second = (statistics.median(r) for r in itertools.islice(rates.values(), 2))
     print(f"{title}: {first / second:.1f} times")
     for name, r in rates.items():
@@ -152,15 +153,22 @@ def slices_of(config: LlamaConfig, count: int, tokens: int) -> Batch:
     ).to(DEVICE)
 
 
-def our_training(config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int) -> tuple:
+def our_training(
+    config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int, compiled: bool = False
+) -> tuple:
     """Our optimizer step with IA3, and our Q-values."""
     with torch.device("meta"):
         llama = Llama(config)
     llama.load_state_dict(weights, assign=True)
     network = QNetwork(llama, range(4), IA3.for_llama(config)).to(DEVICE)
-    recipe = replace(train.PAPER, batch=len(batch.tokens), reward_scale=1.0, at_once=at_once)
+    recipe = replace(train.PAPER, batch=len(batch.tokens), reward_scale=1.0, at_once=at_once, compile=compiled)
     training = train.Training(recipe, network)
     return lambda: training.update(batch), lambda: network(batch.tokens, batch.positions)
+
+
+def our_compiled_training(*args) -> tuple:
+    """The same with --compile."""
+    return our_training(*args, compiled=True)
 
 
 def their_training(config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int) -> tuple:
@@ -226,6 +234,7 @@ def training(which: str, repeats: int) -> None:
     sides = {"ours": training_side(which, our_training), "transformers + PEFT": training_side(which, their_training)}
     with torch.no_grad():
         ours, theirs = (q() for _, q in sides.values())
+    sides["ours with --compile"] = training_side(which, our_compiled_training)
     apart = (ours - theirs).abs().max().item()
     assert apart < 1e-4 * (1 if which != "8B" else 1000), f"the Q-values are {apart} apart"
 
@@ -325,21 +334,29 @@ def playing(repeats: int) -> None:
     print(f"    peak memory: {memory[0] / 2**20:,.0f} MiB against {memory[1] / 2**20:,.0f} MiB")
 
 
-def context_costs() -> None:
+def context_costs(out: Path) -> None:
     """Milliseconds a step of 50 trials, as their contexts grow: linear, since each step reads the cache once."""
     network = load_run(SHIPPED, DEVICE).network
     cache = KVCache(network.llama.config, 50, 4200, device=DEVICE)
     tokens = torch.zeros(50, 2, dtype=torch.long, device=DEVICE)
     print("Playing, milliseconds a step of 50 trials by the tokens in their contexts")
+    lengths, medians = (256, 512, 1024, 1536, 2048, 3072, 4096), []
     with torch.inference_mode():
-        for length in (256, 512, 1024, 2048, 4096):
+        for length in lengths:
             times = []
             for _ in range(7):
                 cache.lengths[:] = length
                 begin = finish()
                 network(tokens, tokens[:, :1], cache)
                 times.append(1000 * (finish() - begin))
-            print(f"    {length:>6,} {statistics.median(times):8.2f} ms")
+            medians.append(statistics.median(times))
+            print(f"    {length:>6,} {medians[-1]:8.2f} ms")
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(lengths, medians, "o-", color="#0072B2")
+    axes.set(xlabel="tokens in each context", ylabel="milliseconds a step of 50 trials", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.25)
+    save_picture(out / "context.png", figure)
 
 
 # --------------------------------------------------------------------------------------------------- data, and the limits
@@ -365,6 +382,27 @@ def data_path(repeats: int) -> None:
     flops = 4 * train.Plan.of(recipe, training_.online.llama.config).forward_flops * recipe.tokens * statistics.median(rates[1])
     matmul, _ = limits()
     print(f"    training does {flops / 1e9:,.0f} GFLOP/s in matrix products, {flops / matmul:.0%} of the machine's best")
+    where_it_goes(training_, batch)
+
+
+PARTS = {  # of a training step, by what the names of PyTorch's operators contain; the first that fits
+    "attention": ("scaled_dot_product", "flash", "efficient_attention"),
+    "matrix products": ("mm", "linear", "matmul"),
+    "optimizers": ("Optimizer", "_foreach", "adam", "lerp", "addcdiv", "addcmul"),
+}
+
+
+def where_it_goes(training_: train.Training, batch: Batch) -> None:
+    """The parts of a training step by the operators' own time."""
+    with torch.profiler.profile() as profile:
+        for _ in range(5):
+            training_.update(batch)
+    seconds = dict.fromkeys([*PARTS, "the rest: norms, RoPE, activations, copies"], 0.0)
+    for event in profile.key_averages():
+        part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), list(seconds)[-1])
+        seconds[part] += event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
+    for part, time_ in seconds.items():
+        print(f"    {time_ / sum(seconds.values()):6.0%}  {part}")
 
 
 def limits() -> tuple[float, float]:
@@ -386,6 +424,7 @@ def limits() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="timings of each side, of which the median counts (default 7)")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmark"), help="folder for pictures (default: %(default)s)")
     parser.add_argument("--peak", nargs=3, metavar=("KIND", "WHICH", "SIDE"), help="for this script's own use: print peak memory")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -397,7 +436,8 @@ def main() -> None:
     for which in ("embedded", "128,256 words") + (("8B",) if DEVICE == "cuda" else ()):
         training(which, args.repeats)
     playing(args.repeats)
-    context_costs()
+    args.out.mkdir(parents=True, exist_ok=True)
+    context_costs(args.out)
     data_path(args.repeats)
 
 

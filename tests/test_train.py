@@ -472,6 +472,18 @@ def test_text_plot_puts_each_player_where_its_mean_is():
     assert lines[4].startswith(" 0.0 |r r r r r")
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_passes_are_the_same(tmp_path):
+    """--compile: the log as without it, to fp32 rounding."""
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    settings = [*SMALL, "--steps", 6, "--trials", 1]
+    assert run("train.py", *settings, "--out", plain).returncode == 0
+    done = run("train.py", *settings, "--compile", "--out", compiled)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1) for folder in (compiled, plain))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def torchrun(processes: int, program: Path, *arguments) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command_line = [*launcher, str(program), *map(str, arguments)]
