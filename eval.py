@@ -22,6 +22,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +74,23 @@ Played = dict[str, list[list[Episode]]]  # by player, trial and episode
 
 
 def join_others(device: str) -> str:
-    """Under torchrun: meet the other processes. Returns this one's device; only the first one prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    """Returns this process's device; under torchrun one of its own, and only the first process prints and writes files.
+
+    Raises ValueError if there is no such device.
+    """
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if together and device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"PyTorch has no device {device!r} here: try --device cpu.") from error
+    if together:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
     return device
 
 
@@ -90,19 +99,25 @@ def rank_of() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def everyones(value) -> list:
+    """What each process has here, in order; they wait for each other."""
+    values = [value] * rank_of()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def by_network(
     run: Run, lakes: Sequence, seed: int, episodes: int = EPISODES, given: Sequence | None = None, **settings
 ) -> list[list[Episode]]:
-    """The network plays so many episodes on each lake; settings are those of icrl.play. Processes divide the lakes."""
+    """The network plays so many episodes on each lake; settings are those of icrl.play.
+
+    Processes divide the lakes; each has its own random numbers, so as many processes are part of what a seed gives.
+    """
     (rank, world), recipe = rank_of(), run.recipe
-    rng, given = np.random.default_rng(seed + rank), given and given[rank::world]
-    lakes = lakes[rank::world]
+    rng, given, lakes = np.random.default_rng([seed, rank] if rank else seed), given and given[rank::world], lakes[rank::world]
     played = play(run.network, run.encoder, lakes, episodes, rng, recipe["tokens"], recipe["max_steps"], given=given, **settings)
-    if world == 1:
-        return played
-    everyones = [None] * world
-    dist.all_gather_object(everyones, played)
-    return [trial for turn in itertools.zip_longest(*everyones) for trial in turn if trial is not None]
+    return [trial for turn in itertools.zip_longest(*everyones(played)) for trial in turn if trial is not None]
 
 
 def by_references(run: Run, lakes: Sequence, seed: int, episodes: int = EPISODES, world: Callable = FrozenLake) -> Played:

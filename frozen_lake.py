@@ -4,9 +4,10 @@ What is here
     Lake, random_lakes      a map, and maps drawn by the rules of the paper's notebook
     FrozenLake              many lakes stepped at once with arrays; gymnasium's FrozenLake-v1, action for action
     ChangingLake            the same, but that each lake becomes another one after some episodes (figure 7)
+    Windows                 the same, but that tiles have the numbers that they would have in a larger map
     Episode, roll_out       what a player leaves behind, and the one loop in which every player plays
     RandomPlayer, TabularQ, Explorer, ShortestPath
-                            TabularQ makes the training data (the paper's "traditional RL algorithm"); on a test lake
+                            TabularQ makes training data (the paper's "traditional RL algorithm"); on a test lake
                             they are the measure of what a transformer learns in its context, from below and from above
     draw                    a lake and a path on it, as text
 
@@ -241,17 +242,19 @@ class Windows:
 
     def __init__(self, env: FrozenLake, rng: np.random.Generator, share: float, side: int = 7):
         self.env, self.max_steps, self.lake = env, env.max_steps, np.arange(len(env))
-        self.moves, self.goal = np.zeros((len(env), side * side, 4), int), np.zeros((len(env), side * side), bool)
-        self.numbers = np.zeros(env.goal.shape, int)  # (N, S) of each tile of a lake
-        for i, lake in enumerate(env.lakes):
-            tiles, columns, top, left = lake.tiles.size, lake.width, 0, 0
-            if rng.random() < share:
-                columns = rng.integers(lake.width, side + 1)
-                top, left = rng.integers(0, side - lake.height + 1), rng.integers(0, columns - lake.width + 1)
-            row, column = np.divmod(np.arange(tiles), lake.width)
-            self.numbers[i, :tiles] = (top + row) * columns + left + column
-            self.moves[i, self.numbers[i, :tiles]] = self.numbers[i, env.moves[i, :tiles]]
-            self.goal[i, self.numbers[i, :tiles]] = env.goal[i, :tiles]
+        self.numbers = np.tile(np.arange(env.goal.shape[1]), (len(env), 1))  # (N, S) of each tile of a lake
+        for row in np.flatnonzero(rng.random(len(env)) < share):
+            lake = env.lakes[row]
+            columns = rng.integers(lake.width, max(side, lake.width) + 1)
+            top, left = rng.integers(0, max(side - lake.height, 0) + 1), rng.integers(0, columns - lake.width + 1)
+            y, x = np.divmod(np.arange(lake.tiles.size), lake.width)
+            self.numbers[row, : lake.tiles.size] = (top + y) * columns + left + x
+        self.moves = np.zeros((len(env), self.numbers.max() + 1, 4), int)
+        self.goal = np.zeros(self.moves.shape[:2], bool)
+        for row, lake in enumerate(env.lakes):
+            numbers = self.numbers[row, : lake.tiles.size]
+            self.moves[row, numbers] = self.numbers[row, env.moves[row, : lake.tiles.size]]
+            self.goal[row, numbers] = env.goal[row, : lake.tiles.size]
 
     def __len__(self) -> int:
         return len(self.lake)

@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 4 train.py ...        the same on four GPUs: each takes a part of every batch
 
 Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
-weight is trained, by Muon and AdamW, at a rate that falls at the end; its lakes are new for each collection instead of 250 (so
+weight is trained, by Muon and AdamW, at a rate that falls; its lakes are new for each collection instead of 250 (so
 few it would memorise) and easier at first; late in the training half of the data are its own trials, as the paper's section 4.6
 proposes, and not Q-learning's. Recipe has both settings side by side.
 
@@ -40,7 +40,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from tqdm import tqdm
 
-from eval import by_network, join_others, rank_of, returns_of, sparkline, test_lakes, unseen
+from eval import by_network, everyones, join_others, rank_of, returns_of, sparkline, test_lakes, unseen
 from frozen_lake import MAX_STEPS, Episode, FrozenLake, TabularQ, Windows, random_lakes, roll_out
 from ia3 import IA3, replacing
 from icrl import (
@@ -96,11 +96,11 @@ class Recipe:
     explore: float = setting(0.3, "share of them, the first ones, in which it acts at random")
     greedy: float = setting(0.8, "chance of its best action in the others")
     collection_steps: int = setting(64, "training steps before a new collection is made")
-    late_from: float = setting(0.6, "share of the training after which own trials and windows come in")
+    late_from: float = setting(0.6, "share of the training after which new collections have own trials and windows")
     own: float = setting(0.5, "share of sets that are trials of the network itself, on further lakes; 0: none")
     own_trials: int = setting(64, "trials that it plays for a collection")
     windows: float = setting(0.0, "share of lakes that are numbered as windows of maps of up to 7 x 7")
-    quality: str = setting("mid", f"which episodes are likelier to be drawn (figure 6): {', '.join(QUALITY)}")
+    quality: str = setting("mid", f"which of Q-learning's episodes are likelier to be drawn: {', '.join(QUALITY)}")
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
     # the optimisation
     steps: int = setting(2800, "optimizer steps")
@@ -119,7 +119,7 @@ class Recipe:
     weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates")
     clip: float = setting(1.0, "largest gradient norm; 0: any")
     seed: int = setting(0, "of weights and data")
-    at_once: int = setting(0, "slices that pass through the network together; 0: as many as memory has room for")
+    at_once: int = setting(0, "slices that pass through the network together; 0: all, or with --model as many as fit")
     compile: bool = setting(
         False, "let torch.compile fuse the passes: a minute at the start, and then faster; needs a C++ compiler"
     )
@@ -188,8 +188,9 @@ def collect(recipe: Recipe, number: int, encoder: Encoder, player: QNetwork) -> 
     orders = (rng.permutation(len(lakes)) for _ in itertools.count())
     sets = (draw_set(played[lake], rng, recipe.quality) for order in orders for lake in order)
     if late and recipe.own:
-        trials = itertools.cycle(own_trials(recipe, rng, encoder, player))
-        sets = (next(trials) if rng.random() < recipe.own else drawn for drawn in sets)
+        trials = own_trials(recipe, np.random.default_rng([recipe.seed, number, 1]), encoder, player)
+        trials, drawn = itertools.cycle(everyones(trials)[0]), sets  # GPUs may differ in the last bits, and so in the trials
+        sets = (next(trials if rng.random() < recipe.own else drawn) for _ in itertools.count())
     for _ in range(recipe.collection_steps):
         slices = [encode_slice(encoder, sets, recipe.tokens, recipe.gamma, recipe.gamma_episode) for _ in range(recipe.batch)]
         yield collate(slices)
@@ -257,10 +258,19 @@ class Training:
     """What changes while training: the online and the delayed network, the optimizers, and the number of steps done."""
 
     def __init__(self, recipe: Recipe, network: QNetwork):
+        if recipe.batch < (world := rank_of()[1]):
+            raise ValueError(f"{world} processes cannot share a batch of {recipe.batch} slices: start fewer of them.")
         network.llama.checkpointing = recipe.checkpointing
         self.recipe, self.online, self.delayed, self.step = recipe, network, network.delayed_copy(), 0
         self.player = network.delayed_copy()  # plays the present collection's own trials, as the network was when it began
-        self.q_values = torch.compile(QNetwork.forward) if recipe.compile else QNetwork.forward
+        self.q_values = QNetwork.forward
+        if recipe.compile:
+            try:
+                torch.compile(torch.sin)(network.llama.vocabulary[0])
+            except RuntimeError as error:
+                lacking = "it needs a C++ compiler, on a GPU Triton"
+                raise ValueError(f"torch.compile does not work here ({lacking}): leave out --compile.") from error
+            self.q_values = torch.compile(QNetwork.forward)
         trained = network.trained()
         matrices = [name for name in trained if recipe.muon_rate and ".layers." in name and trained[name].ndim == 2]
         adamw = torch.optim.AdamW([p for name, p in trained.items() if name not in matrices], weight_decay=recipe.weight_decay)
@@ -268,6 +278,9 @@ class Training:
         if matrices:
             muon = torch.optim.Muon([trained[name] for name in matrices], weight_decay=recipe.weight_decay)
             self.optimizers.append((muon, recipe.muon_rate))
+
+    def networks(self) -> tuple[tuple[str, QNetwork], ...]:
+        return ("online", self.online), ("delayed", self.delayed), ("player", self.player)
 
     def schedule(self) -> float:
         """The learning rates' present share of their full size: linear warm-up, constant, linear fall."""
@@ -321,13 +334,11 @@ class Training:
     @torch.no_grad()
     def save(self, folder: Path, batch: Batch | None = None) -> None:
         """Write the state for --resume, as one file, and the network for use, if its loss on `batch` is finite."""
-        if rank_of()[0]:
-            return
         for part in batch.split(self.recipe.at_once or self.recipe.batch) if batch else ():
             self.check_finite("loss", self.evaluate(part)[0].item())
-        tensors = {f"online.{name}": p.detach() for name, p in self.online.trained().items()}
-        tensors |= {f"delayed.{name}": p.detach() for name, p in self.delayed.trained().items()}
-        tensors |= {f"player.{name}": p.detach() for name, p in self.player.trained().items()}
+        if rank_of()[0]:
+            return
+        tensors = {f"{prefix}.{name}": p.detach() for prefix, network in self.networks() for name, p in network.trained().items()}
         for number, (optimizer, _) in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
@@ -341,7 +352,7 @@ class Training:
         path, states = folder / "state.safetensors", [optimizer.state_dict() for optimizer, _ in self.optimizers]
         try:
             with safe_open(path, "pt") as file:
-                for prefix, network in (("online", self.online), ("delayed", self.delayed), ("player", self.player)):
+                for prefix, network in self.networks():
                     for name, parameter in network.trained().items():
                         parameter.copy_(file.get_tensor(f"{prefix}.{name}"))
                 for key in file.keys():  # noqa: SIM118, it is no dict
@@ -371,14 +382,6 @@ def open_log(path: Path, step: int) -> TextIO:
     return open(path, "a", buffering=1)
 
 
-def everyones(value) -> list:
-    """What each process has here, in order."""
-    values = [value] * rank_of()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Namespace) -> bool:
     """Train to the recipe's last step, with a checkpoint, and a look at unseen lakes, now and then; False if interrupted."""
     recipe, stop = training.recipe, []
@@ -388,7 +391,8 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
-        print("\nStopping after this step, with a checkpoint. Once more: at once, without.", file=sys.stderr)
+        if not rank_of()[0]:
+            print("\nStopping after this step, with a checkpoint. Once more: at once, without.", file=sys.stderr)
 
     handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=recipe.steps, initial=training.step, unit="step", dynamic_ncols=True, disable=rank_of()[0] > 0)
@@ -548,10 +552,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("Give --at-once and --checkpointing (or --no-checkpointing) together, or neither.")
     if args.plan and args.resume:
         raise ValueError("--plan is for a new run: leave out --resume.")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"PyTorch has no device {args.device!r} here: try --device cpu.") from error
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -593,14 +593,12 @@ def steps_in(minutes: float, recipe: Recipe, network: QNetwork, encoder: Encoder
     network = network.delayed_copy()
     for parameter in network.trained().values():
         parameter.requires_grad_(True)
-    rehearsal, started = Training(recipe, network), time.perf_counter()
-    batch = next(batches(encoder, rehearsal)).to(device)
-    collected = time.perf_counter() - started
-    if recipe.own:
+    rehearsal, collected = Training(recipe, network), 0.0
+    for late_from, share in ((1.0, recipe.late_from), (0.0, 1 - recipe.late_from)):
         started = time.perf_counter()
-        own_trials(recipe, np.random.default_rng(0), encoder, network)
-        collected += (1 - recipe.late_from) * (time.perf_counter() - started)
-    rehearsal.update(batch)
+        batch = next(collect(replace(recipe, late_from=late_from), 0, encoder, rehearsal.player)).to(device)
+        collected += share * (time.perf_counter() - started)
+        rehearsal.update(batch)
     started, repeats = time.perf_counter(), 5
     for _ in range(repeats):
         rehearsal.update(batch)
@@ -633,8 +631,6 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     check_context(encoder, recipe.tokens, recipe.max_steps)
     for sides, hops in ((recipe.sides, recipe.min_hops), (recipe.easy_sides, recipe.easy_hops)):
         random_lakes(1, np.random.default_rng(0), sides, hops)  # raises if there are none
-    if recipe.batch < rank_of()[1]:
-        raise ValueError(f"{rank_of()[1]} processes cannot share a batch of {recipe.batch} slices: start fewer of them.")
     folder = args.out or next(p for p in (Path("runs") / str(n) for n in itertools.count(1)) if not p.exists())
     folder, *_ = everyones(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -661,11 +657,11 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
 
 def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     """A run taken up at its last checkpoint."""
-    memory = {name: getattr(args, name) for name in ("at_once", "checkpointing", "compile") if getattr(args, name) is not None}
-    if changed := [f for f in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, f) is not None and f not in memory]:
+    anew = {name: getattr(args, name) for name in ("at_once", "checkpointing", "compile") if getattr(args, name) is not None}
+    if changed := [f for f in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, f) is not None and f not in anew]:
         raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
     network, encoder, settings, _ = load_run(args.resume, args.device)
-    training = Training(replace(recipe_from(args.resume, settings), **memory), network)
+    training = Training(replace(recipe_from(args.resume, settings), **anew), network)
     training.load(args.resume)
     return args.resume, training, encoder
 
@@ -674,9 +670,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser, args = parse(arguments)
     try:
         check_flags(args)
+        args.device = join_others(args.device)
         if args.plan:
             return plan(args)
-        args.device = join_others(args.device)
         folder, training, encoder = resume(args) if args.resume else begin(args)
         recipe = training.recipe
         count = sum(p.numel() for p in training.online.trained().values())

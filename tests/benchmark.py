@@ -368,7 +368,7 @@ def data_path(repeats: int) -> None:
     batch = next(train.batches(encoder, training_)).to(DEVICE)
 
     def made() -> float:
-        begin, stream = finish(), train.collect(recipe, 100, encoder, training_.player)
+        begin, stream = finish(), train.collect(recipe, 150, encoder, training_.player)
         count = sum(len(b.tokens) for b in stream)
         return count / (finish() - begin)
 

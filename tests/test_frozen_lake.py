@@ -463,6 +463,18 @@ def test_a_window_changes_the_numbers_of_the_tiles_and_nothing_else():
     assert [e.total for trial in roll_out(env, ShortestPath(env), 2) for e in trial] == [1] * 160
 
 
+@pytest.mark.parametrize(("sides", "share"), [((7, 9), 0.0), ((6, 10), 1.0), ((10, 10), 1.0)])
+def test_lakes_larger_than_the_map_of_a_window_keep_to_a_hundred_numbers(sides, share):
+    """Such a lake is a window of a map with room for it: no number twice, and none beyond those that can be written."""
+    lakes = random_lakes(40, rng(1), sides, 4)
+    env = Windows(FrozenLake(lakes, rng(2)), rng(3), share)
+    for lake, numbers in zip(lakes, env.numbers):
+        own = numbers[: lake.tiles.size]
+        assert len(set(own.tolist())) == lake.tiles.size
+        assert 0 <= own.min() <= own.max() < 100
+    assert [e.total for trial in roll_out(env, ShortestPath(env), 1) for e in trial] == [1] * 40
+
+
 def test_a_roll_out_can_be_cut_off():
     """After 25 steps on each lake all is over: the steps are those of a longer roll-out, and the last episode is truncated."""
     lakes = random_lakes(20, rng(1))
