@@ -67,9 +67,9 @@ from icrl import (
 from llama import KVCache, Llama, LlamaConfig, free_memory, load_config, load_llama, load_tokenizer
 
 
-def setting(default, text: str):
-    """A field of Recipe; `text` is also the help of its flag."""
-    return field(default=default, metadata={"help": text})
+def setting(default, text: str, low: float | None = None, high: float = math.inf):
+    """A field of Recipe, from `low` to `high` if it is a number; `text` is also the help of its flag."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -81,61 +81,54 @@ class Recipe:
     revision: str = setting("", "branch, tag or commit of the Hub's repository (default: the newest)")
     dtype: str = setting("float32", "type of the base's weights: float32, bfloat16 or float16")
     adapter: str = setting("none", "ia3, as with --model: train IA3 vectors on a frozen base; none: every weight")
-    layers: int = setting(4, "decoder layers of a new network")
-    width: int = setting(64, "model dimension of a new network")
-    heads: int = setting(2, "attention heads of a new network")
-    feed_forward: int = setting(192, "feed-forward dimension of a new network")
+    layers: int = setting(4, "decoder layers of a new network", 1)
+    width: int = setting(64, "model dimension of a new network", 1)
+    heads: int = setting(2, "attention heads of a new network", 1)
+    feed_forward: int = setting(192, "feed-forward dimension of a new network", 1)
     # the data
     sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake, in training and test")
     min_hops: int = setting(4, "steps from a start to the nearest goal, at least, in training and test")
     easy_sides: tuple[int, int] = setting((3, 3), "tiles a side of the easy lakes that training begins with")
     easy_hops: int = setting(2, "steps from a start to the nearest goal on easy lakes, at least")
-    easy_until: float = setting(0.4, "share of the training over which easy lakes give way to the others; 0: none")
-    lakes: int = setting(256, "lakes in a collection: on each, tabular Q-learning leaves its episodes")
-    episodes: int = setting(100, "episodes of tabular Q-learning on each lake")
-    explore: float = setting(0.3, "share of them, the first ones, in which it acts at random")
-    greedy: float = setting(0.8, "chance of its best action in the others")
-    collection_steps: int = setting(64, "training steps before a new collection is made")
-    late_from: float = setting(0.6, "share of the training after which new collections have own trials and windows")
-    own: float = setting(0.5, "share of sets that are trials of the network itself, on further lakes; 0: none")
-    own_trials: int = setting(64, "trials that it plays for a collection")
-    windows: float = setting(0.0, "share of lakes that are numbered as windows of maps of up to 7 x 7")
+    easy_until: float = setting(0.4, "share of the training over which easy lakes give way to the others; 0: none", 0, 1)
+    lakes: int = setting(256, "lakes in a collection: on each, tabular Q-learning leaves its episodes", 1)
+    episodes: int = setting(100, "episodes of tabular Q-learning on each lake", 1)
+    explore: float = setting(0.3, "share of them, the first ones, in which it acts at random", 0, 1)
+    greedy: float = setting(0.8, "chance of its best action in the others", 0, 1)
+    collection_steps: int = setting(64, "training steps before a new collection is made", 1)
+    late_from: float = setting(0.6, "share of the training after which new collections have own trials and windows", 0, 1)
+    own: float = setting(0.5, "share of sets that are trials of the network itself, on further lakes; 0: none", 0, 1)
+    own_trials: int = setting(64, "trials that it plays for a collection", 1)
+    windows: float = setting(0.0, "share of lakes that are numbered as windows of maps of up to 7 x 7", 0, 1)
     quality: str = setting("mid", f"which of Q-learning's episodes are likelier to be drawn: {', '.join(QUALITY)}")
-    max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off")
+    max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)
     # the optimisation
-    steps: int = setting(2800, "optimizer steps")
+    steps: int = setting(2800, "optimizer steps", 1)
     tokens: int = setting(512, "tokens in a slice, T")
-    batch: int = setting(8, "slices in a batch, B")
-    gamma: float = setting(0.9, "discount within an episode")
-    gamma_episode: float = setting(0.0, "discount across episodes of a set; the paper has none (0)")
-    reward_scale: float = setting(1.0, "rewards are multiplied by it in the loss")
+    batch: int = setting(8, "slices in a batch, B", 1)
+    gamma: float = setting(0.9, "discount within an episode", 0, 1)
+    gamma_episode: float = setting(0.0, "discount across episodes of a set; the paper has none (0)", 0, 1)
+    reward_scale: float = setting(1.0, "rewards are multiplied by it in the loss", 0)
     normalised: bool = setting(False, "divide TD errors by the mean target of their slice, as the notebook does")
-    alpha: float = setting(0.1, "share of the online network in each Polyak step (eq. 8)")
-    learning_rate: float = setting(3e-3, "AdamW's learning rate")
-    muon_rate: float = setting(0.02, "Muon's learning rate for the layers' matrices; 0: AdamW for all, as in the paper")
-    warm_up: int = setting(50, "steps over which the learning rate rises")
-    decay_from: float = setting(0.2, "share of the training after which the learning rate falls")
-    final_rate: float = setting(0.03, "learning rate at the end, as a share")
-    weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates")
-    clip: float = setting(1.0, "largest gradient norm; 0: any")
-    seed: int = setting(0, "of weights and data")
-    at_once: int = setting(0, "slices that pass through the network together; 0: all, or with --model as many as fit")
-    compile: bool = setting(
-        False, "let torch.compile fuse the passes: a minute at the start, and then faster; needs a C++ compiler"
-    )
+    alpha: float = setting(0.1, "share of the online network in each Polyak step (eq. 8)", 0, 1)
+    learning_rate: float = setting(3e-3, "AdamW's learning rate", 0)
+    muon_rate: float = setting(0.02, "Muon's learning rate for the layers' matrices; 0: AdamW for all, as in the paper", 0)
+    warm_up: int = setting(50, "steps over which the learning rate rises", 1)
+    decay_from: float = setting(0.2, "share of the training after which the learning rate falls", 0, 1)
+    final_rate: float = setting(0.03, "learning rate at the end, as a share", 0, 1)
+    weight_decay: float = setting(0.01, "of AdamW and Muon, as a share of their learning rates", 0)
+    clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
+    seed: int = setting(0, "of weights and data", 0)
+    at_once: int = setting(0, "slices that pass through the network together; 0: all, or with --model as many as fit", 0)
+    compile: bool = setting(False, "fuse the passes by torch.compile: takes a minute, then is faster; needs a C++ compiler")
     checkpointing: bool = setting(False, "with --at-once: keep only the layers' inputs, which takes less memory and more time")
 
     def __post_init__(self):
-        counts = "layers width heads feed_forward lakes episodes collection_steps own_trials steps batch warm_up max_steps"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} has to be at least 1, but it is {getattr(self, name)}.")
-        for name in "gamma gamma_episode alpha late_from own windows easy_until explore greedy decay_from final_rate".split():
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} has to be between 0 and 1, but it is {getattr(self, name)}.")
-        for name in "clip learning_rate muon_rate weight_decay reward_scale seed at_once".split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} has to be at least 0, but it is {getattr(self, name)}.")
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if low is not None and not (low <= value <= high and value < math.inf):
+                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"--{f.name.replace('_', '-')} has to be {bounds}, but it is {value}.")
         if self.quality not in QUALITY or self.adapter not in ("none", "ia3"):
             raise ValueError(f"--quality is high, mid or low and --adapter none or ia3, not {self.quality} and {self.adapter}.")
         if self.adapter == "ia3" and not self.model:
