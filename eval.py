@@ -171,6 +171,7 @@ def save_picture(path: Path, figure) -> None:
 def plot_curve(path: Path, title: str, returns: dict[str, np.ndarray]) -> None:
     """Draw the curves as a PNG. Raises ImportError if matplotlib is not installed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -178,7 +179,9 @@ def plot_curve(path: Path, title: str, returns: dict[str, np.ndarray]) -> None:
         mean, (colour, _) = r.mean(0), style(player, list(returns))
         axes.fill_between(range(len(mean)), *wilson(mean, len(r)), color=colour, alpha=0.15, linewidth=0)
         axes.plot(mean, color=colour, label=player, linewidth=2.2 if player == TRANSFORMER else 1.4)
-    axes.set(xlabel="episode in the same context", ylabel="mean return (goals an episode)", title=title)
+    axes.set(xlabel="episode in the same context", ylabel="mean return (goals an episode)")
+    axes.set_title(title, fontsize="medium")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlim=(0, len(mean) - 1), ylim=(-0.02, 1.02))
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
@@ -387,7 +390,7 @@ def plot_paths(path: Path, lake: Lake, episodes: dict[str, Episode]) -> None:
         axes.plot(columns + shift, rows + shift, color="#0072B2", linewidth=1.6, marker=".", markersize=4)
         axes.plot(columns[-1] + shift[-1], rows[-1] + shift[-1], "o", color="#D55E00", markersize=7)
         outcome = "goal" if episode.total else "cut off" if episode.truncated else "hole"
-        axes.set_title(f"{title}: {len(episode.actions)} steps, {outcome}", fontsize=8)
+        axes.set_title(f"{title}: {len(episode.actions)} step{'s' if len(episode.actions) > 1 else ''}, {outcome}", fontsize=8)
         axes.set(xticks=[], yticks=[])
     save_picture(path, figure)
 

@@ -31,7 +31,7 @@ TABLE = re.findall(r"^\| .*\(results/(\w+)/curve\.csv\) \| ([\d.]+) \| ([\d.]+) 
 
 def test_the_table_quotes_the_shipped_curves():
     """Mean returns of episode 0 and of episodes 25 to 29, as rounded there."""
-    assert len(TABLE) >= 3
+    assert len(TABLE) >= 2
     for name, first, last in TABLE:
         with open(ROOT / "results" / name / "curve.csv") as file:
             curve = [float(r["mean_return"]) for r in csv.DictReader(file) if r["player"] == "transformer in context"]
