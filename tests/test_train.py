@@ -472,13 +472,14 @@ def test_text_plot_puts_each_player_where_its_mean_is():
     assert lines[4].startswith(" 0.0 |r r r r r")
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_passes_are_the_same(tmp_path):
-    """--compile: the log as without it, to fp32 rounding."""
+    """--compile: the log as without it, to fp32 rounding; where there is no compiler, one sentence says so."""
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     settings = [*SMALL, "--steps", 6, "--trials", 1]
     assert run("train.py", *settings, "--out", plain).returncode == 0
     done = run("train.py", *settings, "--compile", "--out", compiled)
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        return refused(done, "leave out --compile")
     assert done.returncode == 0, done.stderr
     ours, theirs = (np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1) for folder in (compiled, plain))
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
