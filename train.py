@@ -103,7 +103,7 @@ class Recipe:
     quality: str = setting("mid", f"which of Q-learning's episodes are likelier to be drawn: {', '.join(QUALITY)}")
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)
     # the optimisation
-    steps: int = setting(3200, "optimizer steps", 1)
+    steps: int = setting(2800, "optimizer steps", 1)
     tokens: int = setting(512, "tokens in a slice, T")
     batch: int = setting(8, "slices in a batch, B", 1)
     gamma: float = setting(0.9, "discount within an episode", 0, 1)
