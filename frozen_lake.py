@@ -369,7 +369,8 @@ class TabularQ:
 class Explorer:
     """Remembers every transition, walks the shortest known way to an untried action, and exploits once a goal is known.
 
-    Nearly the best that any learner can do on a lake that does not slip.
+    Nearly the best that any learner can do on a lake that does not slip. Where no goal and nothing untried is within reach,
+    the lake is not what it was, and all is forgotten.
     """
 
     def __init__(self, env: FrozenLake, rng: np.random.Generator):
@@ -386,6 +387,8 @@ class Explorer:
             self.to_goal[self.stale] = hops(known, self.goal[self.stale])
             self.to_untried[self.stale] = hops(known, untried[self.stale])
             self.stale[:] = False
+        lost = np.isinf(np.minimum(self.to_goal, self.to_untried)[self.lake, state])
+        self.known[lost], self.ended[lost], self.goal[lost], self.to_untried[lost] = -1, False, False, 0.0
         exploit = np.isfinite(self.to_goal[self.lake, state])[:, None]  # (N, 1)
         distance = np.where(exploit, self.to_goal, self.to_untried)  # (N, S)
         successor = self.known[self.lake, state]  # (N, A)
@@ -395,8 +398,9 @@ class Explorer:
     def learn(self, step: Step, playing: np.ndarray) -> None:
         here, there, ended = (self.lake, step.state, step.action), (self.lake, step.successor), step.terminated
         news = (self.known[here] != step.successor) | (self.ended[there] != ended) | (self.goal[there] != (step.reward > 0))
-        row = self.lake[playing & news]  # something new, or something that is no longer as it was
+        row = self.lake[playing & (news | self.ended[self.lake, step.state])]  # new, or no longer as it was
         self.stale[row] = True
+        self.ended[row, step.state[row]] = self.goal[row, step.state[row]] = False  # nobody acts where an episode ends
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
         self.ended[row, step.successor[row]], self.goal[row, step.successor[row]] = ended[row], step.reward[row] > 0
         row = row[ended[row]]

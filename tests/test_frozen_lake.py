@@ -499,6 +499,15 @@ def test_the_explorer_takes_a_changed_lake_as_it_finds_it():
         assert {len(episode.actions) for episode in trial[-5:]} == {4}
 
 
+def test_the_explorer_forgets_a_lake_that_is_no_longer_there():
+    """Another lake, of another width: where what it remembers leads nowhere it begins anew, and finds every goal."""
+    lakes = random_lakes(200, rng(5))
+    env = ChangingLake(list(zip(lakes[:100], lakes[100:])), rng(6), episodes=30)
+    for trial in roll_out(env, Explorer(env, rng(7)), 80):
+        assert [episode.total for episode in trial[25:30]] == [1] * 5
+        assert [episode.total for episode in trial[70:]] == [1] * 10
+
+
 def test_tabular_q_update_by_hand():
     """Q(s, a) moves by rate * (r + gamma * max Q(s', .) - Q(s, a)); no bootstrap at an end, no change where nobody plays."""
     lake = Lake(("SFG",))
