@@ -19,6 +19,7 @@ Shapes: B batch, T tokens, N action positions, A actions; N is also the number o
 import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -430,11 +431,12 @@ def play(
     probability: Callable[[np.ndarray], np.ndarray] | None = None,
     world: Callable = FrozenLake,
     given: Sequence[list[Episode]] | None = None,
+    limit: float = math.inf,
 ) -> list[list[Episode]]:
     """One trial a lake, as many side by side as memory has room for; [trial][episode].
 
     `world(lakes, rng, max_steps=...)` makes the environment of some of the lakes; `given` are the episodes with which each
-    trial's context begins.
+    trial's context begins; `limit` is roll_out's.
     """
     vocabulary, played = network.llama.vocabulary, []
     one = KVCache(network.llama.config, 1, InContext.slots(encoder, context), vocabulary.dtype, "meta")
@@ -444,8 +446,9 @@ def play(
         player = InContext(network, encoder, env, rng, context, probability)
         if given:
             player.remember(given[first : first + size])
-        with tqdm(total=len(env) * episodes, unit="episode", desc="Playing", delay=5, leave=False) as bar:
-            played += roll_out(env, player, episodes, bar)
+        quiet = limit < math.inf  # nobody knows how many episodes that makes
+        with tqdm(total=len(env) * episodes, unit="episode", desc="Playing", delay=5, leave=False, disable=quiet) as bar:
+            played += roll_out(env, player, episodes, bar, limit)
     return played
 
 

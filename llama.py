@@ -410,15 +410,16 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that can still be had on a device."""
+    """Bytes that can still be had on a device; of the memory of a CPU, this process's part under torchrun."""
     if torch.device(device).type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of all that there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def load_llama(

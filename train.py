@@ -47,7 +47,6 @@ from icrl import (
     QUALITY,
     Batch,
     Encoder,
-    InContext,
     QNetwork,
     Run,
     check_context,
@@ -58,6 +57,7 @@ from icrl import (
     explain,
     load_run,
     model_probability,
+    play,
     polyak_update,
     read_recipe,
     save_network,
@@ -195,11 +195,10 @@ def own_trials(recipe: Recipe, rng: np.random.Generator, encoder: Encoder, playe
     Its mistakes are in no other player's data: only from these transcripts it learns what loops and detours are worth.
     """
     lakes = random_lakes(recipe.own_trials, rng, recipe.sides, recipe.min_hops, test=False)
-    env = Windows(FrozenLake(lakes, rng, max_steps=recipe.max_steps), rng, recipe.windows)
-    unforced = np.arange(len(lakes)) % 2 == 0
-    probability = lambda episode: np.where(unforced, 1.0, model_probability(episode))  # noqa: E731
+    world = lambda lakes, rng, max_steps: Windows(FrozenLake(lakes, rng, max_steps=max_steps), rng, recipe.windows)  # noqa: E731
+    probability = lambda episode: np.where(np.arange(len(episode)) % 2, model_probability(episode), 1.0)  # noqa: E731
     steps = recipe.tokens // encoder.step_lengths[0] + 1
-    return roll_out(env, InContext(player, encoder, env, rng, 2 * recipe.tokens, probability), steps, limit=steps)
+    return play(player, encoder, lakes, steps, rng, 2 * recipe.tokens, recipe.max_steps, probability, world, limit=steps)
 
 
 def batches(encoder: Encoder, training: "Training") -> Iterator[Batch]:

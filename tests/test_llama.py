@@ -526,6 +526,13 @@ def test_weights_too_large_for_the_memory_are_refused_unread(checkpoint, monkeyp
     assert re.search("take 0.0 GB as torch.float32, but cpu has only 0.0 GB free", refusal(load_llama, checkpoint))
 
 
+def test_processes_share_the_memory_of_a_cpu(monkeypatch):
+    """Four processes of torchrun on one machine may each plan with a quarter of what one would have."""
+    alone = llama_module.free_memory("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert llama_module.free_memory("cpu") == pytest.approx(alone / 4, rel=0.2)
+
+
 def test_a_tokenizer_is_missing_or_damaged(tmp_path):
     """A checkpoint without tokenizer.json, and one with half of it."""
     assert "has no tokenizer.json" in refusal(load_tokenizer, tmp_path)
