@@ -210,7 +210,7 @@ def their_training(config: LlamaConfig, batch: Batch, weights: dict, dtype: torc
 
 
 TRAININGS = {  # config, slices, tokens, type, slices at once
-    "embedded": (LlamaConfig(107, 64, 192, 4, 2, 2, 32, rope_theta=10_000.0), 8, 512, torch.float32, 8),
+    "embedded": (LlamaConfig(107, 64, 192, 4, 2, 2, 32, rope_theta=10_000.0), 4, 512, torch.float32, 4),
     "128,256 words": (LlamaConfig(128_256, 512, 1536, 4, 8, 8, 64), 2, 1024, torch.float32, 2),
     "8B": (LlamaConfig(), 2, 4096, torch.bfloat16, 1),
 }
@@ -362,7 +362,7 @@ def context_costs(out: Path) -> None:
 # --------------------------------------------------------------------------------------------------- data, and the limits
 def data_path(repeats: int) -> None:
     """Slices a second that the data path makes, Q-learning included, against those that training eats."""
-    recipe = replace(train.EMBEDDED, collection_steps=16, lakes=64)
+    recipe = replace(train.EMBEDDED, collection_steps=32, lakes=64)  # a quarter of a collection
     encoder = Encoder(compact_tokenizer())
     training_ = train.Training(recipe, train.new_network(recipe, encoder).to(DEVICE))
     batch = next(train.batches(encoder, training_)).to(DEVICE)
