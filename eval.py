@@ -347,14 +347,14 @@ def stitching(run: Run, folder: Path, trials: int, seed: int) -> None:
 
 
 def compare(runs: list[Run], folder: Path, trials: int, seed: int) -> None:
-    """Figures 3 and 6: each run on the same lakes, named by the settings in which their recipes differ."""
-    first = runs[0].recipe
-    differing = [key for key in first if len({str(run.recipe.get(key)) for run in runs}) > 1 and key != "steps"]
+    """Figures 3 and 6: each run on the same lakes, named by its folder and, if these are few, the settings that differ."""
+    first, how = runs[0].recipe, {"steps", "at_once", "checkpointing", "compile"}
+    differing = [key for key in first if len({str(run.recipe.get(key)) for run in runs}) > 1 and key not in how]
     lakes = test_lakes(trials, first["sides"], first["min_hops"])
     played = {}
     for run in runs:
         settings = ", ".join(f"{key} {run.recipe.get(key)}" for key in differing)
-        played[f"{run.folder.name} ({settings})" if settings else run.folder.name] = by_network(run, lakes, seed)
+        played[f"{run.folder.name} ({settings})" if 0 < len(differing) < 3 else run.folder.name] = by_network(run, lakes, seed)
     played |= by_references(runs[0], lakes, seed)
     report(folder, "compare", described(trials, "unseen lakes", first["sides"], first["min_hops"]), played)
 

@@ -361,14 +361,15 @@ def context_costs(out: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------- data, and the limits
 def data_path(repeats: int) -> None:
-    """Slices a second that the data path makes, Q-learning included, against those that training eats."""
-    recipe = replace(train.EMBEDDED, collection_steps=32, lakes=64)  # a quarter of a collection
+    """Slices a second that the data path makes, Q-learning and own trials included, against those that training eats."""
+    recipe = train.EMBEDDED
     encoder = Encoder(compact_tokenizer())
     training_ = train.Training(recipe, train.new_network(recipe, encoder).to(DEVICE))
     batch = next(train.batches(encoder, training_)).to(DEVICE)
+    late = recipe.steps // recipe.collection_steps - 1  # the last whole collection
 
     def made() -> float:
-        begin, stream = finish(), train.collect(recipe, 150, encoder, training_.player)
+        begin, stream = finish(), train.collect(recipe, late, encoder, training_.player)
         count = sum(len(b.tokens) for b in stream)
         return count / (finish() - begin)
 
