@@ -339,6 +339,7 @@ def context_costs(out: Path) -> None:
     network = load_run(SHIPPED, DEVICE).network
     cache = KVCache(network.llama.config, 50, 4200, device=DEVICE)
     tokens = torch.zeros(50, 2, dtype=torch.long, device=DEVICE)
+    _, bandwidth = limits()
     print("Playing, milliseconds a step of 50 trials by the tokens in their contexts")
     lengths, medians = (256, 512, 1024, 1536, 2048, 3072, 4096), []
     with torch.inference_mode():
@@ -350,7 +351,9 @@ def context_costs(out: Path) -> None:
                 network(tokens, tokens[:, :1], cache)
                 times.append(1000 * (finish() - begin))
             medians.append(statistics.median(times))
-            print(f"    {length:>6,} {medians[-1]:8.2f} ms")
+            rate = (cache.keys.nbytes + cache.values.nbytes) * length / 4200 / medians[-1] * 1000
+            read = f"{rate / 1e9:5.1f} GB/s of keys and values, {rate / bandwidth:.0%} of the best"
+            print(f"    {length:>6,} {medians[-1]:8.2f} ms, {read}")
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.plot(lengths, medians, "o-", color="#0072B2")
@@ -413,12 +416,13 @@ def where_it_goes(training_: train.Training, batch: Batch) -> None:
 def limits() -> tuple[float, float]:
     """The machine's matrix-product rate (FLOP/s) and memory bandwidth (bytes/s), measured on the spot."""
     a, big = torch.randn(2048, 2048, device=DEVICE), torch.randn(2**26, device=DEVICE)
+    there = torch.zeros_like(big)
     flops, moved = [], []
     for _ in range(7):
         begin = finish()
         a @ a
         middle = finish()
-        big.clone()
+        there.copy_(big)
         flops.append(2 * 2048**3 / (middle - begin))
         moved.append(2 * big.nbytes / (finish() - middle))
     limit = statistics.median(flops), statistics.median(moved)

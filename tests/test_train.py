@@ -208,7 +208,7 @@ def test_own_trials_are_drawn_as_often_as_asked():
     def left(own: float, late_from: float) -> float:
         recipe = train.Recipe(
             layers=1, width=16, feed_forward=16, sides=(3, 3), own_trials=8, tokens=160, max_steps=30, batch=2,
-            own=own, late_from=late_from, steps=640,
+            own=own, late_from=late_from, steps=640, collection_steps=64,
         )  # fmt: skip
         network = train.new_network(recipe, encoder)
         network.llama.lm_head.weight.detach()[encoder.action_tokens] = 0
