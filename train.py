@@ -9,8 +9,8 @@
     torchrun --nproc-per-node 4 train.py ...        the same on four GPUs: each takes a part of every batch
 
 Part of the paper: section 3 (the optimisation) and 4.1 (the data). Departures: the small network learns from scratch, so every
-weight is trained, by Muon and AdamW, at a rate that falls; its lakes are new for each collection instead of 250 (so
-few it would memorise) and easier at first; late in the training half of the data are its own trials, as the paper's section 4.6
+weight is trained, by Muon and AdamW, at a rate that falls; its lakes are new for each collection instead of 250
+(too few for it) and easier at first; late in the training half of the data are its own trials, as the paper's section 4.6
 proposes, and not Q-learning's. Recipe has both settings side by side.
 
 A run is a folder: config.json (the network's shape and the recipe), tokenizer.json, model.safetensors or PEFT's adapter files,
