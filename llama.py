@@ -129,13 +129,19 @@ def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) ->
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
+def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `rotate` multiplies with at positions (B, T): (cos, cos) and (-sin, sin) of a pair's angles, (B, 1, T, hd)."""
+    angles = positions[:, None, :, None] * rope_frequencies(config, positions.device)  # (B, 1, T, hd / 2) float32
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + hd/2}) of x (B, heads, T, hd) by angles given as cos and sin (B or 1, 1, T, hd / 2).
+    """Turn the pairs (x_i, x_{i + hd/2}) of x (B, heads, T, hd) by angles given as `rope_tables` makes them.
 
     Half-split pairs, as in the Hugging Face checkpoints; Meta's own files pair neighbours and store q and k permuted.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled by half, each has its partner's place
 
 
 # -------------------------------------------------------------------------------------------------------------- KV cache
@@ -228,7 +234,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, hd)
         else:  # fused kernels take a mask or groups, not both: a group's heads become further queries of its one head
             q = q.reshape(B, k.shape[1], groups * T, hd)
-            y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1)).view(B, -1, T, hd)
+            if q.is_cpu and groups * T < 32:  # where the fused kernel is slower
+                y = ((hd**-0.5 * q @ k.transpose(-2, -1) + mask).softmax(-1) @ v).view(B, -1, T, hd)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, mask).view(B, -1, T, hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -299,9 +308,11 @@ class Llama(nn.Module):
         else:
             positions = cache.positions(tokens.shape[1])  # (B, T)
             slots = torch.arange(cache.used, device=x.device)
-            mask = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S'): a token sees its row up to itself
-        angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)  # (B or 1, 1, T, hd / 2) float32
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            unseen = (slots > positions[:, :, None])[:, None]  # (B, 1, T, S'): a token sees its row up to itself
+            mask = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill(unseen, -math.inf)
+            groups = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = mask.repeat(1, 1, groups, 1)  # (B, 1, groups * T, S'), as Attention orders its queries
+        rope = rope_tables(self.config, positions, x.dtype)
         for i, layer in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 rest = (i, rope, adapter, cache, positions, mask)

@@ -422,7 +422,7 @@ class Plan:
     weights: int  # frozen ones
     learning: int  # theta, phi, what plays, gradient and AdamW's two moments of what is trained
     activations: int  # kept of one slice for the backward pass
-    checkpointed: int  # the same with checkpointing: the layers' inputs, what is outside of the layers, and one layer's own
+    checkpointed: int  # with checkpointing: the layers' inputs, what is outside of the layers, RoPE's tables, one layer's own
     passing: int  # of one slice within a layer: four float32 arrays as wide as its feed-forward network
     cache: int  # keys and values of one trial that fills its context
     forward_flops: int  # a token, on average over a slice
@@ -454,7 +454,7 @@ class Plan:
             weights=frozen * dtype.itemsize,
             learning=6 * trained * (4 if recipe.adapter == "ia3" else dtype.itemsize),
             activations=kept[0],
-            checkpointed=kept[1] + kept[0] // config.num_hidden_layers,
+            checkpointed=kept[1] + kept[0] // config.num_hidden_layers + 2 * recipe.tokens * config.head_dim * dtype.itemsize,
             passing=4 * 4 * recipe.tokens * config.intermediate_size,
             cache=cache.keys.nbytes + cache.values.nbytes,
             forward_flops=2 * matrices + attention,
