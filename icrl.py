@@ -266,8 +266,7 @@ class QNetwork(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Q-values (B, N, A), float32, at the given positions (B, N) of tokens (B, T)."""
-        hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
-        hidden = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))  # (B, N, D)
+        hidden = self.llama(tokens, self.adapter, cache, positions)  # (B, N, D)
         rows = self.llama.vocabulary[self.action_tokens].float() if self.adapter is None else self.action_rows
         return F.linear(hidden.float(), rows)
 

@@ -10,10 +10,11 @@ What is here
 Part of the paper: section 3 takes Llama 3.1 8B Instruct as it is, and so does this file: module names are those of the
 official checkpoint (`model.layers.3.self_attn.k_proj.weight`) and the arithmetic is that of transformers' LlamaForCausalLM.
 Departures: `forward` stops at the hidden states, because Q-learning needs four of the 128,256 rows of the vocabulary
-matrix (icrl.QNetwork takes them); and it takes IA3 scaling vectors (ia3.py) as an argument, so that the online and the
-delayed network can share one frozen base.
+matrix (icrl.QNetwork takes them); told which positions are read, it spares the last layer the others; and it takes IA3 scaling
+vectors (ia3.py) as an argument, so that the online and the delayed network can share one frozen base.
 
-Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads, hd head size, I feed-forward.
+Shapes: B batch, T tokens, N of them read, S slots of the cache, L layers, D model, H heads, K key/value heads, hd head size,
+I feed-forward.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,18 @@ class RMSNorm(nn.Module):
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+class Queries(NamedTuple):
+    """The tokens for which a layer computes hidden states: all T of its input, or in the last layer the N that are read."""
+
+    places: Tensor | None  # (B, N) where they are among the T; None: all of them
+    rope: tuple[Tensor, Tensor]  # of their positions
+    mask: Tensor | None  # (B, 1, groups * N, S'), 0 or -inf, in Attention's order; None: each sees itself and those before
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part (B, N, D) of x (B, T, D)."""
+        return x if self.places is None else x.gather(1, self.places[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class Attention(nn.Module):
     """Causal self-attention in which H / K query heads share each key/value head (Ainslie et al. 2023)."""
 
@@ -217,28 +231,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * hd, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * hd, D, bias=False)
 
-    def forward(self, x: Tensor, layer: int, rope: tuple[Tensor, Tensor], adapter, cache, positions, mask) -> Tensor:
-        B, T, _ = x.shape
+    def forward(self, x: Tensor, layer: int, adapter, cache, positions: Tensor, rope, queries: Queries) -> Tensor:
         hd = self.config.head_dim
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H*hd), (B, T, K*hd) twice
+        q, k, v = self.q_proj(queries.of(x)), self.k_proj(x), self.v_proj(x)  # (B, N, H*hd), (B, T, K*hd) twice
         if adapter is not None:  # IA3, before RoPE as in PEFT
             k, v = (k * adapter.key[layer]).to(k.dtype), (v * adapter.value[layer]).to(v.dtype)
-        q, k, v = (t.view(B, T, -1, hd).transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, hd)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (t.unflatten(2, (-1, hd)).transpose(1, 2) for t in (q, k, v))  # (B, H, N, hd), (B, K, T, hd) twice
+        q, k = rotate(q, *queries.rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(layer, positions, k, v)  # (B, K, S', hd)
         groups = q.shape[1] // k.shape[1]  # query heads that share a key/value head
-        if mask is None:
+        if queries.mask is None:
             if groups > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel of CUDA does this
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, hd)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, N, hd)
         else:  # fused kernels take a mask or groups, not both: a group's heads become further queries of its one head
-            q = q.reshape(B, k.shape[1], groups * T, hd)
-            if q.is_cpu and groups * T < 32:  # where the fused kernel is slower
-                y = ((hd**-0.5 * q @ k.transpose(-2, -1) + mask).softmax(-1) @ v).view(B, -1, T, hd)
+            N, q = q.shape[2], q.reshape(len(q), k.shape[1], -1, hd)  # (B, K, groups * N, hd)
+            if q.is_cpu and q.shape[2] < 32:  # where the fused kernel is slower
+                y = (hd**-0.5 * q @ k.transpose(-2, -1) + queries.mask).softmax(-1) @ v
             else:
-                y = F.scaled_dot_product_attention(q, k, v, mask).view(B, -1, T, hd)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+                y = F.scaled_dot_product_attention(q, k, v, queries.mask)
+            y = y.reshape(len(y), -1, N, hd)  # (B, H, N, hd)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -265,8 +279,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, rope, adapter, cache, positions, mask) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layer, rope, adapter, cache, positions, mask)
+    def forward(self, x: Tensor, layer: int, adapter, cache, positions: Tensor, rope, queries: Queries) -> Tensor:
+        x = queries.of(x) + self.self_attn(self.input_layernorm(x), layer, adapter, cache, positions, rope, queries)
         return x + self.mlp(self.post_attention_layernorm(x), layer, adapter)
 
 
@@ -296,30 +310,38 @@ class Llama(nn.Module):
         """The matrix (vocab_size, D) whose product with a hidden state gives the logits."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, adapter=None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, D) of tokens (B, T) int64.
+    def forward(self, tokens: Tensor, adapter=None, cache: KVCache | None = None, read: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of tokens (B, T) int64, or only those that are read, (B, N, D).
 
         adapter: an object with `key`, `value` (L, K*hd) and `feed_forward` (L, I), or None (see ia3.py).
         cache: past keys and values; the tokens then continue its rows, and the caller advances it (see KVCache).
+        read: (B, N) int64, the tokens' places in their rows; the last layer computes no more than it must for them.
         """
-        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        x, T = self.model.embed_tokens(tokens), tokens.shape[1]  # (B, T, D)
         if cache is None:
-            positions, mask = torch.arange(tokens.shape[1], device=x.device)[None], None  # plain causal attention
+            positions, slots = torch.arange(T, device=x.device)[None], None  # (1, T); plain causal attention
         else:
-            positions = cache.positions(tokens.shape[1])  # (B, T)
-            slots = torch.arange(cache.used, device=x.device)
-            unseen = (slots > positions[:, :, None])[:, None]  # (B, 1, T, S'): a token sees its row up to itself
-            mask = torch.zeros(unseen.shape, dtype=x.dtype, device=x.device).masked_fill(unseen, -math.inf)
-            groups = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = mask.repeat(1, 1, groups, 1)  # (B, 1, groups * T, S'), as Attention orders its queries
-        rope = rope_tables(self.config, positions, x.dtype)
+            positions, slots = cache.positions(T), cache.used  # (B, T)
+        each = self.queries(positions, x.dtype, slots)
+        last = each if read is None else self.queries(positions, x.dtype, slots or T, read)
         for i, layer in enumerate(self.model.layers):
+            rest = (i, adapter, cache, positions, each.rope, last if i + 1 == len(self.model.layers) else each)
             if self.checkpointing and torch.is_grad_enabled():
-                rest = (i, rope, adapter, cache, positions, mask)
                 x = checkpoint(layer, x, *rest, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
             else:
-                x = layer(x, i, rope, adapter, cache, positions, mask)
+                x = layer(x, *rest)
         return self.model.norm(x)
+
+    def queries(self, positions: Tensor, dtype: torch.dtype, slots: int | None, places: Tensor | None = None) -> Queries:
+        """Those at positions (1 or B, T), or at places (B, N) of them, with a mask over so many slots or without one."""
+        if places is not None:
+            positions = positions.expand(len(places), -1).gather(1, places)  # (B, N)
+        mask = None
+        if slots is not None:
+            later = (torch.arange(slots, device=positions.device) > positions[:, :, None])[:, None]  # (B, 1, N, S')
+            mask = torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill(later, -math.inf)
+            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+        return Queries(places, rope_tables(self.config, positions, dtype), mask)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

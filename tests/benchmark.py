@@ -396,7 +396,7 @@ def data_path(repeats: int) -> None:
 PARTS = {  # of a training step, by what the names of PyTorch's operators contain; the first that fits
     "attention": ("scaled_dot_product", "flash", "efficient_attention"),
     "matrix products": ("mm", "linear", "matmul"),
-    "optimizers": ("Optimizer", "_foreach", "adam", "lerp", "addcdiv", "addcmul"),
+    "optimizers": ("Optimizer", "_foreach", "adam", "lerp", "addcdiv", "addcmul_"),
 }
 
 

@@ -318,6 +318,31 @@ def test_ragged_chunks_through_the_cache_equal_one_full_forward(chunks, padding,
         torch.testing.assert_close(whole, full[: len(whole)], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("places", [1, 5, 40])
+def test_what_is_read_is_what_all_would_be(cached, places):
+    """Hidden states of a few places, in any order, some twice; without a cache also the gradients of all that can be learned."""
+    llama, adapter, tokens = copy.deepcopy(cached_twin()), random_adapter(), random_tokens(3, 60)
+    learned = [*llama.model.parameters(), *(vector.requires_grad_(True) for vector in vars(adapter).values())]
+    read = torch.randint(20, (3, places), generator=torch.Generator().manual_seed(3))
+
+    def last_twenty(read: Tensor | None = None) -> Tensor:
+        if not cached:
+            return llama(tokens[:, 40:], adapter, None, read)
+        cache = KVCache(llama.config, 3, 60)
+        llama(tokens[:, :40], adapter, cache)
+        cache.advance(torch.tensor([40, 7, 21]))
+        return llama(tokens[:, 40:], adapter, cache, read)
+
+    with torch.set_grad_enabled(not cached):
+        ours, theirs = last_twenty(read), torch.stack([row[at] for row, at in zip(last_twenty(), read)])
+    assert_same(ours.detach(), theirs.detach())
+    if not cached:
+        gradients = (torch.autograd.grad(hidden.square().sum(), learned) for hidden in (ours, theirs))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4 * other.abs().max().item(), rtol=0)
+
+
 @torch.no_grad()
 def test_the_adapter_reaches_the_cache():
     """The hidden states with and without the adapter differ by far more than the tolerance of the test above."""
