@@ -401,7 +401,7 @@ class InContext:
         limit = min(3 * self.context // 4, self.context - self.encoder.lengths[chunk].sum())
         tokens, counts = self.encoder.join(messages[None, ((messages == BEGIN) & (onward <= limit)).argmax() :])
         fresh = self._new_cache(1)
-        self.network.llama(self._tensor(tokens), self.network.adapter, fresh)
+        self.network(self._tensor(tokens), self._tensor(counts[:, None] - 1), fresh)
         fresh.advance(self._tensor(counts))
         self.cache.replace(self._tensor(np.array([row])), fresh)
         self.lengths[trial] = counts[0]

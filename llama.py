@@ -138,12 +138,12 @@ def rope_tables(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> t
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + hd/2}) of x (B, heads, T, hd) by angles given as `rope_tables` makes them.
 
     Half-split pairs, as in the Hugging Face checkpoints; Meta's own files pair neighbours and store q and k permuted.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled by half, each has its partner's place
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)  # rolled by half, x has the partners in its place
 
 
 # -------------------------------------------------------------------------------------------------------------- KV cache
@@ -163,7 +163,7 @@ class KVCache:
         self.used = 0  # slots that attention looks at: at least all in use, the present chunk's padding included
 
     def positions(self, chunk: int) -> Tensor:
-        """The positions (B, T) that the next chunk of T tokens will take. Raises ValueError if it does not fit."""
+        """The positions (B, T) that the next chunk of T tokens will take; sets `used`. Raises ValueError if it does not fit."""
         positions = self.lengths[:, None] + torch.arange(chunk, device=self.lengths.device)
         self.used, slots = int(positions.max()) + 1, self.keys.shape[3]
         if self.used > slots:
@@ -210,13 +210,13 @@ class RMSNorm(nn.Module):
 class Queries(NamedTuple):
     """The tokens for which a layer computes hidden states: all T of its input, or in the last layer the N that are read."""
 
-    places: Tensor | None  # (B, N) where they are among the T; None: all of them
+    read: Tensor | None  # (B, N) their places among the T; None: all of them
     rope: tuple[Tensor, Tensor]  # of their positions
     mask: Tensor | None  # (B, 1, groups * N, S'), 0 or -inf, in Attention's order; None: each sees itself and those before
 
     def of(self, x: Tensor) -> Tensor:
         """Their part (B, N, D) of x (B, T, D)."""
-        return x if self.places is None else x.gather(1, self.places[:, :, None].expand(-1, -1, x.shape[2]))
+        return x if self.read is None else x.gather(1, self.read[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class Attention(nn.Module):
@@ -246,12 +246,12 @@ class Attention(nn.Module):
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, N, hd)
         else:  # fused kernels take a mask or groups, not both: a group's heads become further queries of its one head
-            N, q = q.shape[2], q.reshape(len(q), k.shape[1], -1, hd)  # (B, K, groups * N, hd)
-            if q.is_cpu and q.shape[2] < 32:  # where the fused kernel is slower
+            q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * N, hd)
+            if q.is_cpu and q.dtype == torch.float32 and q.shape[2] < 4:  # where the fused kernel is slower
                 y = (hd**-0.5 * q @ k.transpose(-2, -1) + queries.mask).softmax(-1) @ v
             else:
                 y = F.scaled_dot_product_attention(q, k, v, queries.mask)
-            y = y.reshape(len(y), -1, N, hd)  # (B, H, N, hd)
+            y = y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, N, hd)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -315,15 +315,16 @@ class Llama(nn.Module):
 
         adapter: an object with `key`, `value` (L, K*hd) and `feed_forward` (L, I), or None (see ia3.py).
         cache: past keys and values; the tokens then continue its rows, and the caller advances it (see KVCache).
-        read: (B, N) int64, the tokens' places in their rows; the last layer computes no more than it must for them.
+        read: (B, N) int64, their places among the T; the last layer needs keys and values of all tokens, the rest only of these.
         """
         x, T = self.model.embed_tokens(tokens), tokens.shape[1]  # (B, T, D)
         if cache is None:
             positions, slots = torch.arange(T, device=x.device)[None], None  # (1, T); plain causal attention
         else:
-            positions, slots = cache.positions(T), cache.used  # (B, T)
-        each = self.queries(positions, x.dtype, slots)
-        last = each if read is None else self.queries(positions, x.dtype, slots or T, read)
+            positions = cache.positions(T)  # (B, T); settles cache.used too
+            slots = cache.used
+        each = self.make_queries(positions, x.dtype, slots)
+        last = each if read is None else self.make_queries(positions, x.dtype, slots or T, read)
         for i, layer in enumerate(self.model.layers):
             rest = (i, adapter, cache, positions, each.rope, last if i + 1 == len(self.model.layers) else each)
             if self.checkpointing and torch.is_grad_enabled():
@@ -332,16 +333,19 @@ class Llama(nn.Module):
                 x = layer(x, *rest)
         return self.model.norm(x)
 
-    def queries(self, positions: Tensor, dtype: torch.dtype, slots: int | None, places: Tensor | None = None) -> Queries:
-        """Those at positions (1 or B, T), or at places (B, N) of them, with a mask over so many slots or without one."""
-        if places is not None:
-            positions = positions.expand(len(places), -1).gather(1, places)  # (B, N)
+    def make_queries(self, positions: Tensor, dtype: torch.dtype, slots: int | None, read: Tensor | None = None) -> Queries:
+        """Queries at positions (1 or B, T), or only those of them that are read (B, N).
+
+        slots: how many keys there will be, for the mask; None: no mask, plain causal attention.
+        """
+        if read is not None:
+            positions = positions.expand(len(read), -1).gather(1, read)  # (B, N)
         mask = None
         if slots is not None:
-            later = (torch.arange(slots, device=positions.device) > positions[:, :, None])[:, None]  # (B, 1, N, S')
-            mask = torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill(later, -math.inf)
-            mask = mask.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
-        return Queries(places, rope_tables(self.config, positions, dtype), mask)
+            later = (torch.arange(slots, device=positions.device) > positions[:, :, None])[:, None, None]  # (B, 1, 1, N, S')
+            groups = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = torch.where(later, -math.inf, 0.0).to(dtype).expand(-1, -1, groups, -1, -1).flatten(2, 3)
+        return Queries(read, rope_tables(self.config, positions, dtype), mask)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

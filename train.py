@@ -425,7 +425,7 @@ class Plan:
     weights: int  # frozen ones
     learning: int  # theta, phi, what plays, gradient and AdamW's two moments of what is trained
     activations: int  # kept of one slice for the backward pass
-    checkpointed: int  # with checkpointing: the layers' inputs, what they share, what is outside of them, and one layer's own
+    checkpointed: int  # with checkpointing: layers' inputs, RoPE's tables, masks, what is outside of layers, one layer's own
     passing: int  # of one slice within a layer: four float32 arrays as wide as its feed-forward network
     cache: int  # keys and values of one trial that fills its context
     forward_flops: int  # a token, on average over a slice
@@ -447,13 +447,13 @@ class Plan:
                     network(tokens, positions)
                 kept.append(sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in weights))
             row = torch.arange(recipe.tokens)[None]
-            asked = llama.queries(row, dtype, None), llama.queries(row, dtype, recipe.tokens, positions)
-            held = sum(t.nbytes for queries in asked for t in (*queries.rope, queries.mask) if t is not None)
+            both = llama.make_queries(row, dtype, None), llama.make_queries(row, dtype, recipe.tokens, positions)
+            shared = sum(t.nbytes for queries in both for t in (*queries.rope, queries.mask) if t is not None)
             trained = sum(p.numel() for p in network.trained().values())
             frozen = sum(p.numel() for p in network.parameters()) - trained
             cache = KVCache(config, 1, recipe.tokens, dtype)
         matrices = sum(p.numel() for p in llama.model.layers.parameters())
-        half = config.hidden_size * (config.num_attention_heads * config.head_dim + 1.5 * config.intermediate_size)
+        spared = config.hidden_size * (config.num_attention_heads * config.head_dim + 1.5 * config.intermediate_size)
         attention = 2 * recipe.tokens * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         return cls(
             frozen=frozen,
@@ -461,10 +461,10 @@ class Plan:
             weights=frozen * dtype.itemsize,
             learning=6 * trained * (4 if recipe.adapter == "ia3" else dtype.itemsize),
             activations=kept[0],
-            checkpointed=kept[1] + kept[0] // config.num_hidden_layers + held,
+            checkpointed=kept[1] + kept[0] // config.num_hidden_layers + shared,
             passing=4 * 4 * recipe.tokens * config.intermediate_size,
             cache=cache.keys.nbytes + cache.values.nbytes,
-            forward_flops=int(2 * (matrices - half) + attention),  # the last layer does without half of its q, o and MLP
+            forward_flops=int(2 * (matrices - spared) + attention),  # the last layer does without half of its q, o and MLP
         )
 
     def peak(self, slices: int, checkpointing: bool) -> int:
