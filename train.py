@@ -157,6 +157,7 @@ PAPER = Recipe(  # for every base that is not a run of train.py
     decay_from=1.0,
     clip=0.0,
 )
+OF_THE_MACHINE = ("at_once", "checkpointing", "compile")  # how, not what: --resume may change it; bases do not pass it on
 OF_THE_METHOD = "learning_rate muon_rate warm_up decay_from clip".split()  # what IA3 on a run takes from PAPER
 
 
@@ -570,6 +571,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         return replace(PAPER, **given)
     if base["adapter"] == "ia3":
         raise ValueError(f"{args.model} is itself an adapter: name the run with its base.")
+    given = {name: getattr(EMBEDDED, name) for name in OF_THE_MACHINE} | given
     if given["adapter"] == "ia3":
         given = {name: getattr(PAPER, name) for name in OF_THE_METHOD} | given
     return replace(recipe_from(model, base), **given)
@@ -656,7 +658,7 @@ def begin(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
 
 def resume(args: argparse.Namespace) -> tuple[Path, Training, Encoder]:
     """A run taken up at its last checkpoint."""
-    anew = {name: getattr(args, name) for name in ("at_once", "checkpointing", "compile") if getattr(args, name) is not None}
+    anew = {name: getattr(args, name) for name in OF_THE_MACHINE if getattr(args, name) is not None}
     if changed := [f for f in ["out", "minutes", *asdict(EMBEDDED)] if getattr(args, f) is not None and f not in anew]:
         raise ValueError(f"--resume goes on with the run's own recipe: leave out --{changed[0].replace('_', '-')}.")
     network, encoder, settings, _ = load_run(args.resume, args.device)

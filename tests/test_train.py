@@ -338,6 +338,13 @@ def test_ia3_on_a_saved_run_trains_the_vectors_alone(finished, tmp_path):
     assert all(torch.equal(load_file(folder / "adapter_model.safetensors")[name], tensor) for name, tensor in vectors.items())
 
 
+def test_a_base_does_not_say_how_its_successor_is_computed():
+    """The shipped run was compiled; what is trained on it is not, unless it is asked for."""
+    assert train.read_recipe(evaluation.SHIPPED)["compile"]
+    recipes = [train.recipe_of(train.parse(["--model", str(evaluation.SHIPPED), *flags])[1]) for flags in ((), ("--compile",))]
+    assert [recipe.compile for recipe in recipes] == [False, True]
+
+
 def test_a_base_can_be_trained_on_with_all_its_weights(finished, tmp_path):
     """--model RUN --adapter none goes on from the base's weights in a run of its own, the next free number under runs/."""
     done = run("train.py", "--model", finished, "--adapter", "none", "--steps", 2, "--trials", 1, cwd=tmp_path)
