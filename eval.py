@@ -60,7 +60,7 @@ PLAYERS = {
     "tabular Q-learning": ("#E69F00", "q"),
     "uniform random": ("#7F7F7F", "r"),
 }
-COMPARED = ("#08306B", "#2F7FC1", "#8CC4E8", "#54278F", "#B497D6", "#D55E00", "#000000")
+COMPARED = ("#08306B", "#4C9BE8", "#54278F", "#B497D6", "#D55E00", "#7A2E00", "#000000")  # pairs of a hue: two seeds
 
 
 def test_lakes(count: int, sides: tuple[int, int], min_hops: int) -> list[Lake]:
