@@ -20,7 +20,12 @@ from icrl import load_run
 
 GIVEN, LONGEST, SUCCESSES = 8, 15, (0, 1, 2, 4, 8)
 
-runs = [load_run(folder) for folder in sys.argv[1:]]
+try:
+    runs = [load_run(folder) for folder in sys.argv[1:]]
+except ValueError as error:
+    sys.exit(f"contexts.py: {error}")
+if not runs:
+    sys.exit("contexts.py: no run was named: give the folders of one or more.")
 lakes = test_lakes(400, (3, 5), 4)
 rng = np.random.default_rng(0)
 env = FrozenLake(lakes, rng)
