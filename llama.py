@@ -247,7 +247,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, N, hd)
         else:  # fused kernels take a mask or groups, not both: a group's heads become further queries of its one head
             q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * N, hd)
-            if q.is_cpu and q.dtype == torch.float32 and q.shape[2] < 4:  # where the fused kernel is slower
+            if q.is_cpu and q.dtype == torch.float32 and q.shape[2] < 8:  # where the fused kernel is slower
                 y = (hd**-0.5 * q @ k.transpose(-2, -1) + queries.mask).softmax(-1) @ v
             else:
                 y = F.scaled_dot_product_attention(q, k, v, queries.mask)

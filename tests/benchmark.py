@@ -12,6 +12,7 @@ weights, and before the clock starts their Q-values are compared.
 import argparse
 import itertools
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import peft
 import torch
 import transformers
 from matplotlib.figure import Figure
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,6 +37,7 @@ from eval import SHIPPED, save_picture, test_lakes
 from frozen_lake import ACTIONS, FrozenLake, Lake, random_lakes
 from ia3 import IA3
 from icrl import (
+    LLAMA_TEMPLATE,
     Batch,
     Encoder,
     QNetwork,
@@ -153,9 +156,16 @@ def slices_of(config: LlamaConfig, count: int, tokens: int) -> Batch:
     ).to(DEVICE)
 
 
-def our_training(
-    config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int, compiled: bool = False
-) -> tuple:
+def random_weights(config: LlamaConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A Llama's tensors, made where they are used; all sides share them, since IA3 leaves them as they are."""
+    random = torch.Generator(DEVICE).manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(config).state_dict().items()}
+    tensors = {name: torch.ones(shape, dtype=dtype, device=DEVICE) for name, shape in shapes.items()}
+    return {name: t.normal_(0, 0.02, generator=random) if t.ndim == 2 else t for name, t in tensors.items()}
+
+
+def our_training(config: LlamaConfig, batch: Batch, weights: dict, at_once: int, compiled: bool = False) -> tuple:
     """Our optimizer step with IA3, and our Q-values."""
     with torch.device("meta"):
         llama = Llama(config)
@@ -166,12 +176,7 @@ def our_training(
     return lambda: training.update(batch), lambda: network(batch.tokens, batch.positions)
 
 
-def our_compiled_training(*args) -> tuple:
-    """The same with --compile."""
-    return our_training(*args, compiled=True)
-
-
-def their_training(config: LlamaConfig, batch: Batch, weights: dict, dtype: torch.dtype, at_once: int) -> tuple:
+def their_training(config: LlamaConfig, batch: Batch, weights: dict, at_once: int) -> tuple:
     """The notebook's step by transformers and PEFT, and its Q-values."""
     with torch.device("meta"):
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_dict()))
@@ -213,30 +218,29 @@ TRAININGS = {  # config, slices, tokens, type, slices at once
     "embedded": (LlamaConfig(107, 64, 192, 4, 2, 2, 32, rope_theta=10_000.0), 4, 512, torch.float32, 4),
     "128,256 words": (LlamaConfig(128_256, 512, 1536, 4, 8, 8, 64), 2, 1024, torch.float32, 2),
     "8B": (LlamaConfig(), 2, 4096, torch.bfloat16, 1),
+    "tiny 8B": (LlamaConfig(500, 64, 160, 2, 4, 2, 16), 2, 128, torch.bfloat16, 1),  # to try its way without a GPU
 }
 
 
-def training_side(which: str, make: Callable) -> tuple:
+def ingredients(which: str) -> tuple[LlamaConfig, Batch, dict, int]:
+    """What both sides of a training are made of."""
     config, count, tokens, dtype, at_once = TRAININGS[which]
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(config).state_dict().items()}
-    weights = {
-        name: torch.ones(shape, dtype=dtype) if len(shape) == 1 else 0.02 * torch.randn(shape).to(dtype)
-        for name, shape in shapes.items()
-    }
-    return make(config, slices_of(config, count, tokens), weights, dtype, at_once)
+    return config, slices_of(config, count, tokens), random_weights(config, dtype), at_once
 
 
 def training(which: str, repeats: int) -> None:
     """Tokens a second and peak memory of an optimizer step with IA3, ours and the peer's; the Q-values are compared first."""
-    _, count, tokens, _, _ = TRAININGS[which]
-    sides = {"ours": training_side(which, our_training), "transformers + PEFT": training_side(which, their_training)}
+    config, count, tokens, dtype, _ = TRAININGS[which]
+    given = ingredients(which)
+    sides = {"ours": our_training(*given), "transformers + PEFT": their_training(*given)}
     with torch.no_grad():
         ours, theirs = (q() for _, q in sides.values())
-    sides["ours with --compile"] = training_side(which, our_compiled_training)
     apart = (ours - theirs).abs().max().item()
-    assert apart < 1e-4 * (1 if which != "8B" else 1000), f"the Q-values are {apart} apart"
+    assert apart < (1e-4 if dtype == torch.float32 else 0.1), f"the Q-values are {apart} apart"
+    try:
+        sides["ours with --compile"] = our_training(*given, compiled=True)
+    except ValueError as error:
+        print(error)
 
     def timed(step: Callable) -> Callable[[], float]:
         def run() -> float:
@@ -246,11 +250,16 @@ def training(which: str, repeats: int) -> None:
 
         return run
 
-    rates = alternate(repeats, *(timed(step) for step, _ in sides.values()))
-    show(f"Training step, {which} ({count} slices of {tokens:,} tokens, IA3)", "tokens/s", dict(zip(sides, rates)))
+    rates = dict(zip(sides, alternate(repeats, *(timed(step) for step, _ in sides.values()))))
+    show(f"Training step, {which} ({count} slices of {tokens:,} tokens, IA3)", "tokens/s", rates)
     memory = [peak("training", which, side) for side in ("ours", "theirs")]
     print(f"    peak memory: {memory[0] / 2**20:,.0f} MiB against {memory[1] / 2**20:,.0f} MiB, or {memory[0] / memory[1]:.0%}")
     print(f"    Q-values at most {apart:.1e} apart")
+    flops = 3 * train.Plan.of(replace(train.PAPER, tokens=tokens), config).forward_flops  # a token, without recomputation
+    best, _ = limits(dtype)
+    for name in (name for name in rates if name.startswith("ours")):
+        rate = flops * statistics.median(rates[name])
+        print(f"    {name} does {rate / 1e9:,.0f} GFLOP/s in matrix products, {rate / best:.0%} of the machine's best")
 
 
 def peak(*what: str) -> int:
@@ -264,7 +273,7 @@ def print_peak(kind: str, which: str, side: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the height that the imports reached
     before = resident("VmRSS")
     if kind == "training":
-        step, _ = training_side(which, our_training if side == "ours" else their_training)
+        step, _ = {"ours": our_training, "theirs": their_training}[side](*ingredients(which))
         step(), step()
     else:
         {"ours": our_playing, "theirs": their_playing}[side]()()
@@ -291,17 +300,17 @@ def our_playing(trials: int = 50, episodes: int = 30) -> Callable[[], float]:
     return run
 
 
-def their_playing(trials: int = 1, episodes: int = 30) -> Callable[[], float]:
-    """The notebook's way, one trial at a time; environment steps a second."""
+def their_playing(trials: int = 50, episodes: int = 30) -> Callable[[], float]:
+    """The notebook's way, one trial at a time; environment steps a second. Each call plays the next ten of the same trials."""
     recipe = load_run(SHIPPED).recipe
     model = transformers.LlamaForCausalLM.from_pretrained(SHIPPED).to(DEVICE).eval()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=compact_tokenizer())
-    lakes = test_lakes(50, recipe["sides"], recipe["min_hops"])[:trials]
+    lakes = itertools.cycle(test_lakes(trials, recipe["sides"], recipe["min_hops"]))
 
     @torch.inference_mode()
     def run() -> float:
         begin, steps, rng = finish(), 0, np.random.default_rng(0)
-        for lake in lakes:
+        for lake in itertools.islice(lakes, 10):
             env = gymnasium.make("FrozenLake-v1", desc=list(lake.rows), is_slippery=False)
             text, cache = "", transformers.DynamicCache()
             for episode in range(episodes):
@@ -332,6 +341,45 @@ def playing(repeats: int) -> None:
     show("Playing 30 episodes, the shipped model", "steps/s", rates)
     memory = [peak("playing", "shipped", side) for side in ("ours", "theirs")]
     print(f"    peak memory: {memory[0] / 2**20:,.0f} MiB against {memory[1] / 2**20:,.0f} MiB")
+
+
+def stand_in_tokenizer() -> Tokenizer:
+    """Cuts the paper's transcripts where Llama 3's tokenizer does, which is not to be had without an account."""
+    t = LLAMA_TEMPLATE
+    texts = [t.begin, t.prompt, t.reward.format(1.0), t.cut, t.end, *map(t.action.format, ACTIONS)]
+    piece = "<[^<>]+>|[^<>]+"
+    words = dict.fromkeys(re.findall(piece, "".join([*texts, *map(t.observation.format, range(100))])))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="..."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
+    return tokenizer
+
+
+def playing_large(which: str, trials: int = 50, episodes: int = 30) -> None:
+    """Seconds that 50 trials of 30 episodes take an untrained network of the 8B's shape, in the paper's transcripts.
+
+    It is asked at each step, but a coin chooses: by itself it would walk in circles, as no trained one does.
+    """
+    config, _, _, dtype, _ = TRAININGS[which]
+    encoder, recipe = Encoder(stand_in_tokenizer()), train.PAPER
+    with torch.device("meta"):
+        llama = Llama(config)
+    llama.load_state_dict(random_weights(config, dtype), assign=True)
+    network = QNetwork(llama, encoder.action_tokens, IA3.for_llama(config)).to(DEVICE)
+    lakes, coin = test_lakes(trials, recipe.sides, recipe.min_hops), lambda episode: np.zeros(len(episode))
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begin = finish()
+    played = play(network, encoder, lakes, episodes, np.random.default_rng(0), recipe.tokens, recipe.max_steps, coin)
+    seconds = finish() - begin
+    steps = [sum(len(episode.actions) for episode in trial) for trial in played]
+    weights = sum(p.nbytes for p in llama.model.layers.parameters())
+    rate = max(steps) * weights / seconds  # every step of the longest trial reads them all
+    print(f"Playing {episodes} episodes, {which}: {trials} trials in {seconds:.1f} s")
+    print(f"    {sum(steps) / seconds:,.1f} steps/s; {1000 * seconds / max(steps):.1f} ms for a step of all trials")
+    _, bandwidth = limits(dtype)
+    print(f"    {rate / 1e9:,.1f} GB/s of weights, {rate / bandwidth:.0%} of the best")
+    if DEVICE == "cuda":
+        print(f"    peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def context_costs(out: Path) -> None:
@@ -413,9 +461,10 @@ def where_it_goes(training_: train.Training, batch: Batch) -> None:
         print(f"    {time_ / sum(seconds.values()):6.0%}  {part}")
 
 
-def limits() -> tuple[float, float]:
+def limits(dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """The machine's matrix-product rate (FLOP/s) and memory bandwidth (bytes/s), measured on the spot."""
-    a, big = torch.randn(2048, 2048, device=DEVICE), torch.randn(2**26, device=DEVICE)
+    side = 2048 if DEVICE == "cpu" else 8192
+    a, big = torch.randn(side, side, device=DEVICE).to(dtype), torch.randn(2**26, device=DEVICE)
     there = torch.zeros_like(big)
     flops, moved = [], []
     for _ in range(7):
@@ -423,10 +472,11 @@ def limits() -> tuple[float, float]:
         a @ a
         middle = finish()
         there.copy_(big)
-        flops.append(2 * 2048**3 / (middle - begin))
+        flops.append(2 * side**3 / (middle - begin))
         moved.append(2 * big.nbytes / (finish() - middle))
     limit = statistics.median(flops), statistics.median(moved)
-    print(f"Limits: {limit[0] / 1e9:,.0f} GFLOP/s in fp32 matrix products, {limit[1] / 1e9:.1f} GB/s of memory")
+    kind = str(dtype).removeprefix("torch.")
+    print(f"Limits: {limit[0] / 1e9:,.0f} GFLOP/s in {kind} matrix products, {limit[1] / 1e9:.1f} GB/s of memory")
     return limit
 
 
@@ -445,6 +495,8 @@ def main() -> None:
     for which in ("embedded", "128,256 words") + (("8B",) if DEVICE == "cuda" else ()):
         training(which, args.repeats)
     playing(args.repeats)
+    if DEVICE == "cuda":
+        playing_large("8B")
     args.out.mkdir(parents=True, exist_ok=True)
     context_costs(args.out)
     data_path(args.repeats)
