@@ -492,11 +492,12 @@ def main() -> None:
         return print_peak(*args.peak)
     print(machine())
     environment(args.repeats)
-    for which in ("embedded", "128,256 words") + (("8B",) if DEVICE == "cuda" else ()):
+    for which in ("embedded", "128,256 words"):
         training(which, args.repeats)
     playing(args.repeats)
     if DEVICE == "cuda":
         playing_large("8B")
+        training("8B", args.repeats)
     args.out.mkdir(parents=True, exist_ok=True)
     context_costs(args.out)
     data_path(args.repeats)
