@@ -3,8 +3,12 @@
 import re
 
 import benchmark
+import pytest
 
 from icrl import Encoder
+
+# the peers' own, and torch.compile's
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 def test_the_benchmark_of_the_8b(capsys):
