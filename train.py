@@ -416,10 +416,7 @@ def train(folder: Path, training: Training, encoder: Encoder, args: argparse.Nam
 # -------------------------------------------------------------------------------------------------------------- memory
 @dataclass(frozen=True)
 class Plan:
-    """What training and playing need, in bytes unless it says otherwise, without reading or computing anything.
-
-    Every second token is taken to be read, as in the compact template; others read fewer.
-    """
+    """What training and playing need, in bytes unless it says otherwise, without reading or computing anything."""
 
     frozen: int  # parameters
     trained: int  # parameters
@@ -432,10 +429,13 @@ class Plan:
     forward_flops: int  # a token, on average over a slice
 
     @classmethod
-    def of(cls, recipe: Recipe, config: LlamaConfig) -> "Plan":
-        """Builds the network and passes one slice through it, all with fake tensors, and counts what autograd keeps."""
+    def of(cls, recipe: Recipe, config: LlamaConfig, every: int = 2) -> "Plan":
+        """Builds the network and passes one slice through it, all with fake tensors, and counts what autograd keeps.
+
+        One token in `every` is read: in two as in the compact template, others read fewer.
+        """
         dtype, kept = getattr(torch, recipe.dtype), []
-        tokens, positions = torch.zeros(1, recipe.tokens, dtype=torch.long), torch.arange(0, recipe.tokens, 2)[None]
+        tokens, positions = torch.zeros(1, recipe.tokens, dtype=torch.long), torch.arange(0, recipe.tokens, every)[None]
         with FakeTensorMode(allow_non_fake_inputs=True):
             llama = Llama(config)
             llama.load_state_dict({name: p.to(dtype) for name, p in llama.state_dict().items()}, assign=True)
@@ -454,7 +454,7 @@ class Plan:
             frozen = sum(p.numel() for p in network.parameters()) - trained
             cache = KVCache(config, 1, recipe.tokens, dtype)
         matrices = sum(p.numel() for p in llama.model.layers.parameters())
-        spared = config.hidden_size * (config.num_attention_heads * config.head_dim + 1.5 * config.intermediate_size)
+        partial = config.hidden_size * (2 * config.num_attention_heads * config.head_dim + 3 * config.intermediate_size)
         attention = 2 * recipe.tokens * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         return cls(
             frozen=frozen,
@@ -465,7 +465,7 @@ class Plan:
             checkpointed=kept[1] + kept[0] // config.num_hidden_layers + shared,
             passing=4 * 4 * recipe.tokens * config.intermediate_size,
             cache=cache.keys.nbytes + cache.values.nbytes,
-            forward_flops=int(2 * (matrices - spared) + attention),  # the last layer does without half of its q, o and MLP
+            forward_flops=int(2 * (matrices - (1 - 1 / every) * partial) + attention),  # q, o and MLP of the last layer in part
         )
 
     def peak(self, slices: int, checkpointing: bool) -> int:

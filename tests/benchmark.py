@@ -6,7 +6,7 @@ same run, and the ratio of their medians comes first. Peak memory is that of a p
 The peer of training is transformers + PEFT doing what the paper's notebook does: two IA3 adapters on one frozen base, logits of
 the whole vocabulary from both, gradient checkpointing, AdamW. The peer of playing is the notebook's way too: one trial at a
 time, the whole transcript tokenised anew at each step, and `generate` of one token with a KV cache. Both sides get the same
-weights, and before the clock starts their Q-values are compared.
+weights, and before the clock of the training steps starts their Q-values are compared.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from frozen_lake import ACTIONS, FrozenLake, Lake, random_lakes
 from ia3 import IA3
 from icrl import (
     LLAMA_TEMPLATE,
+    MAX_TILES,
     Batch,
     Encoder,
     QNetwork,
@@ -51,6 +52,7 @@ from icrl import (
 from llama import KVCache, Llama, LlamaConfig
 
 SECONDS = 0.3  # of one repeat of the environment
+STEP = 10  # tokens of an environment step in the paper's transcripts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEFT = {"task_type": "CAUSAL_LM", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
@@ -143,7 +145,7 @@ def environment(repeats: int) -> None:
 def slices_of(config: LlamaConfig, count: int, tokens: int) -> Batch:
     """Random tokens with an action at every tenth, as dense as the paper's transcripts are."""
     random = torch.Generator().manual_seed(0)
-    positions = torch.arange(5, tokens, 10).expand(count, -1)
+    positions = torch.arange(5, tokens, STEP).expand(count, -1)
     shape = positions.shape
     rewards = (torch.rand(shape, generator=random) < 0.05).float()
     return Batch(
@@ -255,15 +257,17 @@ def training(which: str, repeats: int) -> None:
     memory = [peak("training", which, side) for side in ("ours", "theirs")]
     print(f"    peak memory: {memory[0] / 2**20:,.0f} MiB against {memory[1] / 2**20:,.0f} MiB, or {memory[0] / memory[1]:.0%}")
     print(f"    Q-values at most {apart:.1e} apart")
-    flops = 3 * train.Plan.of(replace(train.PAPER, tokens=tokens), config).forward_flops  # a token, without recomputation
+    plan = train.Plan.of(replace(train.PAPER, tokens=tokens), config, STEP)
     best, _ = limits(dtype)
-    for name in (name for name in rates if name.startswith("ours")):
-        rate = flops * statistics.median(rates[name])
+    for name in filter(lambda name: name.startswith("ours"), rates):
+        rate = 3 * plan.forward_flops * statistics.median(rates[name])  # online, delayed, backward; no recomputation
         print(f"    {name} does {rate / 1e9:,.0f} GFLOP/s in matrix products, {rate / best:.0%} of the machine's best")
 
 
 def peak(*what: str) -> int:
     """Bytes that a process of its own needs more at its height than before it began; on a GPU the bytes that torch allocates."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()  # room for the other process
     done = subprocess.run([sys.executable, __file__, "--peak", *what], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -344,11 +348,11 @@ def playing(repeats: int) -> None:
 
 
 def stand_in_tokenizer() -> Tokenizer:
-    """Cuts the paper's transcripts where Llama 3's tokenizer does, which is not to be had without an account."""
+    """Cuts the paper's transcripts where Llama 3's tokenizer does, but for the reward; that one asks for an account."""
     t = LLAMA_TEMPLATE
     texts = [t.begin, t.prompt, t.reward.format(1.0), t.cut, t.end, *map(t.action.format, ACTIONS)]
     piece = "<[^<>]+>|[^<>]+"
-    words = dict.fromkeys(re.findall(piece, "".join([*texts, *map(t.observation.format, range(100))])))
+    words = dict.fromkeys(re.findall(piece, "".join([*texts, *map(t.observation.format, range(MAX_TILES))])))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="..."))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(piece), "isolated")
     return tokenizer

@@ -25,8 +25,9 @@ def test_the_benchmark_of_the_8b(capsys):
         assert re.search(line, printed), f"{line} is not in\n{printed}"
 
 
-def test_the_stand_in_tokenizer_cuts_as_llama_3_does():
-    """Ten tokens a step, as the paper's notebook has them: three of a header, a word and an end, twice."""
+def test_the_stand_in_tokenizer_makes_ten_tokens_a_step():
+    """As the paper's notebook has them: three of a header, a word and an end, twice."""
     encoder = Encoder(benchmark.stand_in_tokenizer())
     assert encoder.template.name == "Llama 3's markers"
-    assert encoder.step_lengths == (10, 10)
+    assert encoder.step_lengths == (benchmark.STEP, benchmark.STEP)
+    assert benchmark.STEP == 10

@@ -265,6 +265,8 @@ def test_the_plan_of_the_papers_run():
     attention = 2 * 32 * 128 * 2 * 2048  # two products over all heads, with 2,048 past tokens on average
     spared = (2 * 4096 * 4096 + 3 * 4096 * 14_336) // 2  # the last layer's q, o and MLP for the tokens that are not read
     assert plan.forward_flops == pytest.approx(32 * (2 * layer + attention) - 2 * spared, rel=1e-4)
+    fewer = train.Plan.of(train.PAPER, LlamaConfig(), every=8)
+    assert plan.forward_flops - fewer.forward_flops == pytest.approx(2 * 2 * spared * (7 / 8 - 1 / 2), rel=1e-4)
     assert plan.fit(24 * 10**9, 10)[1]  # with checkpointing
     assert not plan.fit(80 * 10**9, 10)[1]
     assert plan.fit(16 * 10**9, 10) is None
