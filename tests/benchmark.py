@@ -492,6 +492,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # the peers' own
+    train.keep_freed_memory()  # as train.py does; both sides have it
     if args.peak:
         return print_peak(*args.peak)
     print(machine())
