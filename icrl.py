@@ -1,503 +1,511 @@
-"""In-context reinforcement learning: the idea, from transcript to tokens to Q-values to loss to play.
+"""In-context reinforcement learning, from transcript to tokens to Q-values to loss to play.
 
-What is here, in the order in which data flows
-    Template, Encoder       an episode becomes text, and the text token ids (section 4.1)
-    Batch, slices           episodes of many lakes, shuffled, become training sequences of T tokens (section 4.1, figure 6)
-    QNetwork                a Llama read as Q(tau, a): the logits of the action words before the action (section 3)
-    td_targets, td_loss     equations 4, 6 and 7: Double DQN at the action tokens
-    polyak_update           equation 8: the delayed network follows the online one
-    InContext, play         the network as a player: one growing context a trial, no weight changes (section 4.2)
-    save_network, load_run  a run's folder
+    python icrl.py [RUN]    walks through all of it once, with the numbers of a trained network
 
-Departures from the paper: the argmax is over the action words, not the whole vocabulary; COMPACT_TEMPLATE leaves out the role
-headers, for the small embedded model; the last action of a slice is left out of the loss, unless its episode ends with it; a
-context that is full forgets its oldest episodes.
+In the order in which data flows:
+    Template, Encoder         an episode becomes text, and the text tokens (section 4.1)
+    draw_set, encode_slice    episodes of many lakes, shuffled, become training sequences
+    QNetwork                  a Llama read as Q(tau, a): logits of the action words (3)
+    td_targets, td_loss ...   equations 4, 6, 7 and 8: Double DQN at the action positions
+    InContext, play           the network as a player: a growing context, fixed weights (4.2)
+    Recipe, load_run          what a run is, and how its folder becomes a network again
 
-Shapes: B batch, T tokens, N action positions, A actions; N is also the number of trials that are played side by side.
+Departures: the argmax is over the action words, not the whole vocabulary; the embedded model's text
+has no role headers; a full context forgets its oldest episodes.
+Shapes: B batch, T tokens, N action positions (or trials side by side), A actions, D model.
 """
 
 import copy
-import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
-from frozen_lake import ACTIONS, MAX_STEPS, Episode, FrozenLake, Lake, Step, roll_out
-from ia3 import IA3, replacing
-from llama import KVCache, Llama, free_memory, load_llama, load_tokenizer
+from frozen_lake import ACTIONS, MAX_STEPS, MAX_TILES, Episode, FrozenLake, RandomPlayer
+from frozen_lake import draw, random_lakes, roll_out
+from ia3 import IA3, PEFT_CONFIG
+from llama import KVCache, Llama, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer
+from llama import reading
+
+SHIPPED = Path(__file__).parent / "results/hour"  # the run that comes with the project
 
 
-# ------------------------------------------------------------------------------------------------- transcript to tokens
-@dataclass(frozen=True)
-class Template:
-    """How an episode is written. `{}` stands for the tile number, the action word or the reward."""
+# ---- transcript to tokens
+class Template(NamedTuple):
+    """How an episode is written; `{}` is a tile number or an action word."""
 
-    name: str
-    begin: str  # before the first observation
-    observation: str
-    prompt: str  # before an action word; Q-values are read at the last token before the word
+    begin: str
+    observation: str  # at its last token Q-values are read, if there is no prompt
+    prompt: str  # at its last token Q-values are read
     action: str
-    reward: str  # written only if the reward is not zero
+    reward: str  # written if the reward is 1
     cut: str  # written if the step limit ended the episode
     end: str
 
 
-LLAMA_TEMPLATE = Template(  # the paper's (its notebook), about ten tokens a step
-    name="Llama 3's markers",
-    begin="<|begin_of_text|>",
-    observation="<|start_header_id|>observation<|end_header_id|>{}<|eot_id|>",
-    prompt="<|start_header_id|>action<|end_header_id|>",
-    action="{}<|eot_id|>",
-    reward="<|start_header_id|>reward<|end_header_id|>{}<|eot_id|>",
-    cut="<|start_header_id|>edit<|end_header_id|>...<|eot_id|>",
-    end="<|end_of_text|>",
-)
-CHATML_TEMPLATE = Template(
-    name="ChatML's markers",
-    begin="",
-    observation="<|im_start|>observation\n{}<|im_end|>\n",
-    prompt="<|im_start|>action\n",
-    action="{}<|im_end|>\n",
-    reward="<|im_start|>reward\n{}<|im_end|>\n",
-    cut="<|im_start|>edit\n...<|im_end|>\n",
-    end="<|endoftext|>",
-)
-SENTENCE_TEMPLATE = Template(  # for tokenizers with no other markers than these two
-    name="<s> and </s>",
-    begin="<s>",
-    observation="observation</s>{}</s>",
-    prompt="action</s>",
-    action="{}</s>",
-    reward="reward</s>{}</s>",
-    cut="edit</s>...</s>",
-    end="</s>",
-)
-COMPACT_TEMPLATE = Template("two tokens a step", "", "{} ", "", "{} ", "{} ", "... ", "<|end_of_text|> ")
-MAX_TILES = 100  # a lake has at most 10 x 10
+def chat(begin, opening, closing, stop, end) -> Template:
+    """Messages of a role and a text, as chat models know them: about ten tokens a step."""
+    observation = f"{opening}observation{closing}{{}}{stop}"
+    reward, cut = f"{opening}reward{closing}1.0{stop}", f"{opening}edit{closing}...{stop}"
+    return Template(begin, observation, f"{opening}action{closing}", "{}" + stop, reward, cut, end)
 
 
-def choose_template(tokenizer: Tokenizer) -> Template:
-    """The first template whose markers the vocabulary has. Raises ValueError if it has none's."""
-    for template in (LLAMA_TEMPLATE, CHATML_TEMPLATE, SENTENCE_TEMPLATE, COMPACT_TEMPLATE):
-        markers = re.findall(r"<[^<> ]+>", "".join(astuple(template)[1:]))
-        if all(tokenizer.token_to_id(marker) is not None for marker in markers):
-            return template
-    raise ValueError("This tokenizer has neither the markers of Llama 3 nor ChatML's, nor <s> and </s>: take another model.")
+HEADER = ("<|start_header_id|>", "<|end_header_id|>")
+TEMPLATES = {  # by a marker; the first one that the vocabulary has counts
+    "<|eot_id|>": chat("<|begin_of_text|>", *HEADER, "<|eot_id|>", "<|end_of_text|>"),  # the paper
+    "<|im_end|>": chat("", "<|im_start|>", "\n", "<|im_end|>\n", "<|endoftext|>"),  # ChatML
+    "</s>": chat("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2
+    "left": Template("", "{} ", "", "{} ", "1.0 ", "... ", "<|end_of_text|> "),  # two tokens a step
+}
 
 
 def compact_tokenizer() -> Tokenizer:
-    """One token for each tile number, action, reward, cut and end: the embedded model's vocabulary of 107."""
+    """A token for each action, tile and so on: the embedded model's vocabulary of 107."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="..."))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="..."))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
 
-# A transcript is a sequence of messages; each kind has a number. Action a is ACTION + a, tile s is OBSERVATION + s.
-NOTHING, BEGIN, PROMPT, REWARD, CUT, END, ACTION = range(7)
-OBSERVATION = ACTION + len(ACTIONS)
-
-
-def step_messages(action: np.ndarray, successor: np.ndarray, reward: np.ndarray, cut: np.ndarray, over: np.ndarray) -> np.ndarray:
-    """What a transcript says of each of n steps, but for the prompt before it: (n, 5) messages from five arrays (n,)."""
-    marks = ((reward > 0, REWARD), (cut, CUT), (over, END))
-    return np.column_stack((ACTION + action, OBSERVATION + successor, *(np.where(true, m, NOTHING) for true, m in marks)))
-
-
 class Encoder:
-    """Turns messages into tokens by table: each message was tokenized once, a transcript is their concatenation.
+    """Writes episodes as pieces of text, each of which was tokenized once."""
 
-    Raises ValueError if an action word is not a single token, or if the tokenizer, given a whole transcript, would not cut
-    it where its messages end.
-    """
+    def __init__(self, tokenizer: Tokenizer):
+        known = [t for marker, t in TEMPLATES.items() if tokenizer.token_to_id(marker) is not None]
+        if not known:
+            raise ValueError(f"The tokenizer has none of the markers {', '.join(TEMPLATES)}.")
+        self.tokenizer, self.template = tokenizer, known[0]
+        begin, observation, prompt, action, reward, cut, end = self.template
+        self.tiles = [observation.format(tile) for tile in range(MAX_TILES)]
+        self.actions = [action.format(word) for word in ACTIONS]
+        pieces = [begin, prompt, reward, cut, end, *self.actions, *self.tiles]
+        self.ids = {p: tokenizer.encode(p, add_special_tokens=False).ids for p in pieces}
+        self.action_tokens = [self.ids[piece][0] for piece in self.actions]
+        if len(set(self.action_tokens)) < len(ACTIONS):
+            raise ValueError("Two action words begin with the same token: take another model.")
+        whole = []  # every piece beside all that it can stand beside
+        for tile in self.tiles:
+            whole += [begin, tile]
+            for action in self.actions:
+                whole += [prompt, action, tile]
+            whole += [reward, end, begin, tile, cut, end, begin, tile, end]
+        if tokenizer.encode("".join(whole), add_special_tokens=False).ids != self.tokens(whole):
+            raise ValueError("The tokenizer joins pieces of a transcript: take another model.")
 
-    def __init__(self, tokenizer: Tokenizer, template: Template | None = None):
-        self.tokenizer, self.template = tokenizer, template or choose_template(tokenizer)
-        t = self.template
-        self.texts = ["", t.begin, t.prompt, t.reward.format(1.0), t.cut, t.end]
-        self.texts += [t.action.format(a) for a in ACTIONS] + [t.observation.format(s) for s in range(MAX_TILES)]
-        pieces = [tokenizer.encode(text, add_special_tokens=False).ids for text in self.texts]
-        self.lengths = np.array([len(piece) for piece in pieces])  # (M,)
-        self.table = np.zeros((len(pieces), self.lengths.max()), np.int64)  # (M, longest)
-        for i, piece in enumerate(pieces):
-            self.table[i, : len(piece)] = piece
-        self.action_tokens = self.table[ACTION : ACTION + len(ACTIONS), 0]  # (A,)
-        for word, token in zip(ACTIONS, self.action_tokens):
-            if tokenizer.encode(word, add_special_tokens=False).ids != [token]:
-                raise ValueError(f"The action word {word!r} is not a single token of this tokenizer: take another model.")
-        parts = (self.lengths[PROMPT : PROMPT + 1], self.lengths[ACTION:OBSERVATION], self.lengths[OBSERVATION:])
-        self.step_lengths = sum(p.min() for p in parts), sum(p.max() for p in parts)  # fewest and most tokens of a step
-        self._check_joints()
+    def opening(self, tile: int) -> list[str]:
+        """What is written when an episode begins."""
+        return [self.template.begin, self.tiles[tile], self.template.prompt]
 
-    def _check_joints(self) -> None:
-        """Tokenize every message beside every other that it can stand beside, and compare with the table."""
-        messages = []
-        for tile in range(OBSERVATION, len(self.texts)):
-            steps = [m for action in range(ACTION, OBSERVATION) for m in (PROMPT, action, tile)]
-            messages += [BEGIN, tile, *steps, REWARD, END, BEGIN, tile, CUT, END, BEGIN, tile, END]
-        text = "".join(self.texts[m] for m in messages)
-        if self.tokenizer.encode(text, add_special_tokens=False).ids != self.join(np.array([messages]))[0][0].tolist():
-            raise ValueError("This tokenizer does not cut a transcript where its messages end: take another model.")
+    def step(self, action: int, tile: int, reward, cut, over) -> list[str]:
+        """What is written of a step, up to the next prompt or the episode's end."""
+        rewarded = [self.template.reward] if reward > 0 else []
+        limited = [self.template.cut] if cut else []
+        last = self.template.end if over else self.template.prompt
+        return [self.actions[action], self.tiles[tile], *rewarded, *limited, last]
 
-    def messages(self, episode: Episode) -> np.ndarray:
-        """The message numbers of an episode, in order, some of them NOTHING."""
-        tiles, over = episode.observations, np.arange(len(episode.actions)) == len(episode.actions) - 1
-        steps = step_messages(episode.actions, tiles[1:], episode.rewards, over & episode.truncated, over)
-        prompts = np.full(len(steps), PROMPT)
-        return np.concatenate(([BEGIN, OBSERVATION + tiles[0]], np.column_stack((prompts, steps)).ravel()))
+    def write(self, episode: Episode) -> list[str]:
+        """A whole episode."""
+        pieces, last = self.opening(episode.observations[0]), len(episode.actions) - 1
+        for i, action in enumerate(episode.actions):
+            tile, reward = episode.observations[i + 1], episode.rewards[i]
+            pieces += self.step(action, tile, reward, i == last and episode.truncated, i == last)
+        return pieces
 
-    def join(self, messages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Concatenate each row's messages (R, M): tokens (R, longest row), padded at the right, and their counts (R,)."""
-        valid = np.arange(self.table.shape[1]) < self.lengths[messages][..., None]  # (R, M, longest message)
-        valid, tokens = valid.reshape(len(messages), -1), self.table[messages].reshape(len(messages), -1)
-        counts = valid.sum(1)
-        order = np.argsort(~valid, axis=1, kind="stable")[:, : counts.max()]
-        return np.take_along_axis(tokens, order, axis=1), counts
-
-    def text(self, episode: Episode) -> str:
-        """The episode as the model's text."""
-        return "".join(self.texts[m] for m in self.messages(episode))
+    def tokens(self, pieces: Iterable[str]) -> list[int]:
+        return [token for piece in pieces for token in self.ids[piece]]
 
 
-# ---------------------------------------------------------------------------------------------------- tokens to slices
+# ---- tokens to slices
 class Batch(NamedTuple):
-    """Slices and what the loss needs of them; action positions are padded at the right to the longest row.
+    """Slices and what the loss needs of them; action positions are padded at the right."""
 
-    tokens (B, T) int64. positions (B, N) int64: where the Q-values of an action are read. actions (B, N) int64. rewards
-    (B, N): r_{t+1}. discounts (B, N): what the value of the next action position counts, 0 at an episode's end. mask (B, N)
-    bool: False for padding, and for a slice's last position, whose target would need the next one, unless its episode ends.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    actions: Tensor
-    rewards: Tensor
-    discounts: Tensor
-    mask: Tensor
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, N) int64, where Q is read
+    actions: Tensor  # (B, N) int64
+    rewards: Tensor  # (B, N) r_{t+1}
+    discounts: Tensor  # (B, N) gamma, or 0 at an episode's end
+    mask: Tensor  # (B, N) bool, whether it counts in the loss
 
     def to(self, device) -> "Batch":
         return Batch(*(field.to(device) for field in self))
 
-    def every(self, step: int, first: int) -> "Batch":
-        """The slices `first`, `first` + `step`, ..."""
-        return Batch(*(field[first::step] for field in self))
-
-    def split(self, size: int) -> list["Batch"]:
+    def split(self, size: int):
         """Parts of at most `size` slices."""
         return [Batch(*parts) for parts in zip(*(field.split(size) for field in self))]
 
 
-def encode_slice(encoder: Encoder, sets: Iterator[list[Episode]], length: int, gamma: float, gamma_episode: float = 0.0) -> Batch:
-    """Concatenate sets of episodes to one slice of exactly `length` tokens, cut off at its end; a Batch with B = 1.
-
-    An episode's last action has y = r alone, as in the paper. (With gamma_episode > 0 it also counts, so discounted, the
-    value of the next episode of its set, which lets exploration pay; section 4.6 of the paper proposes it.)
-    """
-    messages, rewards, discounts, total = [], [], [], 0
-    while total < length:
-        episodes = next(sets)
-        for i, episode in enumerate(episodes):
-            new = encoder.messages(episode)
-            messages.append(new)
-            total += int(encoder.lengths[new].sum())
-            rewards.append(episode.rewards)
-            discount = np.full(len(episode.actions), gamma, np.float32)
-            discount[-1] = gamma_episode if i + 1 < len(episodes) else 0.0
-            discounts.append(discount)
-            if total >= length:
-                break
-    messages, rewards, discounts = map(np.concatenate, (messages, rewards, discounts))
-    ends = np.cumsum(encoder.lengths[messages])
-    is_action = (messages >= ACTION) & (messages < OBSERVATION)
-    positions = ends[is_action] - encoder.lengths[messages[is_action]] - 1  # the token before the action word
-    kept = int((positions < length).sum())
-    mask = np.ones(kept, bool)
-    mask[-1] = discounts[kept - 1] == 0  # the last position only gives the one before it its next value, unless none follows
-    tokens = encoder.join(messages[None])[0][:, :length]
-    actions = messages[is_action] - ACTION
-    arrays = (tokens, *(x[None, :kept] for x in (positions, actions, rewards, discounts, mask)))
-    return Batch(*map(torch.from_numpy, arrays))
+QUALITY = {"high": 5.0, "mid": 1.0, "low": 0.2}  # weights of a success, where a failure has 1
 
 
-def collate(slices: Sequence[Batch]) -> Batch:
-    """Stack slices, padding their action positions at the right."""
-    longest = max(s.positions.shape[1] for s in slices)
-    tokens, *rest = zip(*slices)
-    return Batch(torch.cat(tokens), *(torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in column]) for column in rest))
-
-
-QUALITY = {"high": (5.0, 1.0), "mid": (1.0, 1.0), "low": (1.0, 5.0)}  # weights of successful, unsuccessful episodes
-
-
-def draw_set(episodes: Sequence[Episode], rng: np.random.Generator, quality: str = "mid") -> list[Episode]:
-    """20 to 40 episodes of one lake, drawn without replacement by the weights of figure 6, in random order."""
-    success, failure = QUALITY[quality]
-    weights = np.array([success if e.total > 0 else failure for e in episodes])
-    size = min(int(rng.integers(20, 41)), len(episodes))
-    drawn = rng.choice(len(episodes), size, replace=False, p=weights / weights.sum(), shuffle=True)
+def draw_set(episodes: Sequence[Episode], rng, quality="mid") -> list[Episode]:
+    """20 to 40 episodes of one lake, weighted as in figure 6, in random order."""
+    weights = np.array([QUALITY[quality] if e.total > 0 else 1.0 for e in episodes])
+    size = min(rng.integers(20, 41), len(episodes))
+    drawn = rng.choice(len(episodes), size, replace=False, p=weights / weights.sum())
     return [episodes[i] for i in drawn]
 
 
-# --------------------------------------------------------------------------------------------------------- the network
+def encode_slice(encoder: Encoder, sets: Iterator[list], length: int, gamma: float) -> Batch:
+    """The next sets of episodes as one sequence of exactly `length` tokens; a Batch without the B.
+
+    Sets of different lakes follow each other without a separator: the network has to notice. What
+    is left of the last set when the slice is full is dropped.
+    """
+    tokens, positions, actions, rewards, discounts = [], [], [], [], []
+    for episode in chain.from_iterable(sets):
+        for piece in encoder.write(episode):
+            if piece in encoder.actions:
+                positions.append(len(tokens) - 1)  # Q is read at the token before the action word
+            tokens += encoder.ids[piece]
+        actions += episode.actions.tolist()
+        rewards += episode.rewards.tolist()
+        # An episode's last action has y = r alone, as in the paper even at the step limit: what
+        # follows is another episode. (TabularQ does take the value of the tile reached.)
+        discounts += [gamma] * (len(episode.actions) - 1) + [0.0]
+        if len(tokens) >= length:
+            break
+    n = sum(position < length for position in positions)
+    # What follows the last action is beyond the slice: no loss, unless its episode ends with it.
+    mask = [True] * (n - 1) + [discounts[n - 1] == 0]
+    columns = (tokens[:length], positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
+    return Batch(*map(torch.tensor, columns))
+
+
+def collate(slices: Sequence[Batch]) -> Batch:
+    """Stack slices."""
+    return Batch(*(pad_sequence(column, batch_first=True) for column in zip(*slices)))
+
+
+# ---- the network
 class QNetwork(nn.Module):
-    """Q_theta(tau, a): a Llama, optionally with an adapter, of which only the logits of the action words are used."""
+    """Q_theta(tau, a): a Llama, perhaps with IA3; of its logits those of the action words count."""
 
     def __init__(self, llama: Llama, action_tokens: Sequence[int], adapter: IA3 | None = None):
         super().__init__()
         self.llama, self.adapter = llama, adapter
-        self.register_buffer("action_tokens", torch.as_tensor(action_tokens), persistent=False)
+        self.action_tokens = torch.tensor(action_tokens, device=llama.vocabulary.device)  # (A,)
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
-        if adapter is not None:
-            adapter.check_fits(llama.config)
-            self.register_buffer("action_rows", llama.vocabulary[self.action_tokens].float(), persistent=False)  # (A, D)
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Q-values (B, N, A), float32, at the given positions (B, N) of tokens (B, T)."""
-        hidden = self.llama(tokens, self.adapter, cache, positions)  # (B, N, D)
-        rows = self.llama.vocabulary[self.action_tokens].float() if self.adapter is None else self.action_rows
-        return F.linear(hidden.float(), rows)
+        """Q-values (B, N, A), float32, at the positions (B, N) of tokens (B, T)."""
+        hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
+        read = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, N, D)
+        return F.linear(read.float(), self.llama.vocabulary[self.action_tokens].float())
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What the optimizer changes: the adapter's vectors, or without an adapter every weight."""
-        return dict((self.llama if self.adapter is None else self.adapter).named_parameters())
+        """What the optimizer changes: an adapter's vectors, or else every weight."""
+        return dict((self.adapter or self.llama).named_parameters())
 
     def delayed_copy(self) -> "QNetwork":
-        """The network phi: copies what is trained and shares what is frozen."""
-        llama = copy.deepcopy(self.llama) if self.adapter is None else self.llama
-        delayed = QNetwork(llama, self.action_tokens, copy.deepcopy(self.adapter))
-        for parameter in delayed.trained().values():
-            parameter.requires_grad_(False)
-        return delayed
+        """The network phi: a copy of what is trained; what is frozen is shared."""
+        llama = self.llama if self.adapter else copy.deepcopy(self.llama)
+        return QNetwork(llama, self.action_tokens.tolist(), copy.deepcopy(self.adapter))
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ---- learning
+@torch.no_grad()
 def td_targets(q_online: Tensor, q_delayed: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
-    """y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))                           (equations 4 and 6)
+    """Equations 4 and 6: y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))
 
-    q_online, q_delayed (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient. The next action position
-    of t is t + 1, so the values of all positions come from the same two passes.
+    q_online, q_delayed (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient.
+    Position t + 1 follows t, so that two passes give the values of all.
     """
-    with torch.no_grad():
-        best = q_online.argmax(-1, keepdim=True)  # chosen by theta ...
-        value = q_delayed.gather(-1, best).squeeze(-1)  # ... valued by phi (B, N)
-        return rewards + discounts * F.pad(value[:, 1:], (0, 1))
+    best = q_online.argmax(-1, keepdim=True)  # chosen by theta ...
+    value = q_delayed.gather(-1, best).squeeze(-1)  # ... valued by phi (B, N)
+    return rewards + discounts * F.pad(value[:, 1:], (0, 1))
 
 
-def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor, normalised: bool = False) -> Tensor:
-    """L = E[(y - Q_theta(tau_t, a_t))^2] over the action positions in `mask`                                  (equation 7)
+def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Equation 7: L = E[(y - Q_theta(tau_t, a_t))^2] over the action positions in `mask`
 
-    q_online (B, N, A); actions, targets, mask (B, N); returns a scalar. Normalised, as in the notebook: the error is divided
-    by the mean target of its row before it is squared.
+    q_online (B, N, A); actions, targets, mask (B, N); returns a scalar.
     """
     error = targets - q_online.gather(-1, actions[..., None]).squeeze(-1)  # (B, N)
-    if normalised:
-        error = error / ((targets * mask).sum(1) / mask.sum(1))[:, None]
     return error[mask].square().mean()
 
 
 @torch.no_grad()
-def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float) -> None:
-    """phi <- alpha * theta + (1 - alpha) * phi                                                                (equation 8)"""
-    for slow, fast in zip(delayed.trained().values(), online.trained().values()):
-        slow.lerp_(fast, alpha)
+def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float):
+    """Equation 8: phi <- alpha * theta + (1 - alpha) * phi"""
+    for phi, theta in zip(delayed.trained().values(), online.trained().values()):
+        phi.lerp_(theta, alpha)
 
 
-# ------------------------------------------------------------------------------------------------------------- playing
+# ---- playing
+CHUNK = 32  # tokens that all trials may read together; a step takes fewer
+
+
 def model_probability(episode: np.ndarray) -> np.ndarray:
-    """The chance that the model and not a coin chooses an action: 0, 0, 0.1, 0.1, ... 0.9, 0.9, then 1 (section 4.2)."""
+    """The chance that the player and not a coin chooses: 0, 0, 0.1, 0.1, ... 0.9, then 1 (4.2)."""
     return np.minimum(episode // 2 / 10, 1.0)
 
 
-def check_context(encoder: Encoder, context: int, max_steps: int) -> None:
-    """Raises ValueError if a context of so many tokens is too small for an episode of so many steps and room to forget."""
-    opening = encoder.lengths[BEGIN] + encoder.lengths[OBSERVATION:].max() + encoder.lengths[PROMPT]
-    episode = max_steps * encoder.step_lengths[1] + opening + encoder.lengths[[REWARD, CUT, END]].sum()
-    needed = max(-(-4 * episode // 3), episode + opening)  # room to keep the last episode whole when old ones are forgotten
-    if context < needed:
-        raise ValueError(
-            f"{context} tokens of context are too few: an episode of {max_steps} steps takes up to {episode}, and {needed} "
-            "are needed, so that forgetting old episodes makes room. Ask for more tokens or fewer steps."
-        )
-
-
 class InContext:
-    """The network as a player of frozen_lake.roll_out: it remembers by its transcript alone, and no weight changes.
+    """The network of a Run as a player of `roll_out`: its transcript is all that it remembers.
 
-    Each trial has a growing context of its own. A context that would outgrow `context` tokens loses its oldest
-    whole episodes, at least a quarter of its tokens, and what is left is encoded anew. In episode e the network's choice
-    counts with the chance `probability(e)`, which takes and gives arrays; otherwise the action is uniformly random.
-    Raises ValueError if `context` is too small for one episode.
+    Each trial has a context of its own, which may begin with `given` episodes, [trial][episode].
+    One that would outgrow a slice loses its oldest episodes, a quarter of it at least, and the rest
+    is read anew. In episode e the network chooses with the chance `probability(e)`, arrays (N,),
+    and else a coin.
     """
 
-    def __init__(
-        self, network: QNetwork, encoder: Encoder, env: FrozenLake, rng: np.random.Generator, context: int, probability=None
-    ):
-        check_context(encoder, context, env.max_steps)
-        self.network, self.encoder, self.rng, self.context = network, encoder, rng, context
-        self.probability = probability or model_probability
-        self.transcript: list[np.ndarray] = []  # of messages (N, M), all that the network has read
-        self.happened = np.full((len(env), 5), NOTHING)  # the messages of the last step, not yet fed to the network
+    def __init__(self, run, env, rng, probability=model_probability, given=None):
+        self.network, self.encoder = run.network, run.encoder
+        self.rng, self.probability, self.context = rng, probability, run.recipe.tokens
+        check_context(run.encoder, self.context, env.max_steps)
+        self.written = []  # tokens by trial and episode
+        for episodes in given or [[]] * len(env):
+            self.written.append([run.encoder.tokens(run.encoder.write(e)) for e in episodes])
+        self.unread = [list(chain(*trial)) for trial in self.written]  # tokens by trial
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
-        self.live = np.arange(len(env))  # the trial that each row of the cache belongs to
-        self.lengths = np.zeros(len(env), np.int64)  # (N,) tokens in the cache
-        self.cache = self._new_cache(len(env))
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
-        self.by_model = np.zeros(len(env), bool)  # (N,) whether the network chose the last action
+        self.trial = np.arange(len(env))  # (rows,) the trial of each row of the cache
+        config, like = run.network.llama.config, run.network.llama.vocabulary
+        self.cache = KVCache(config, len(env), self.context + CHUNK, like.dtype, like.device)
 
     @torch.inference_mode()
-    def act(self, state: np.ndarray, episode: np.ndarray, playing: np.ndarray) -> np.ndarray:
-        going_on = playing[self.live]
-        if 2 * going_on.sum() <= len(going_on):  # halve the batch now and then: a copy for every trial that ends costs more
-            self.live = self.live[going_on]
-            self.cache.keep(self._tensor(np.flatnonzero(going_on)))
-        begin, observation = np.where(self.begins, BEGIN, NOTHING), np.where(self.begins, OBSERVATION + state, NOTHING)
-        chunk = np.column_stack((self.happened, begin, observation, np.full(len(state), PROMPT)))  # (N, 8)
-        chunk[~playing] = NOTHING
-        for row in np.flatnonzero((self.lengths + self.encoder.lengths[chunk].sum(1) > self.context)[self.live]):
-            self._forget(row, chunk[self.live[row]])
-        self.q[self.live] = self._feed(chunk).cpu().numpy()
+    def act(self, state, episode):
+        for i in np.flatnonzero(self.begins):
+            self.written[i].append([])
+            self._write(i, self.encoder.opening(state[i]))
+        # trials that are over leave the cache once they are half of it
+        going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
+        if 2 * len(going_on) <= len(self.trial):
+            self.trial, self.cache = self.trial[going_on], self.cache[going_on]
+        lengths = self.cache.lengths.tolist()
+        for row, i in enumerate(self.trial):
+            if lengths[row] + len(self.unread[i]) > self.context:  # forget the oldest episodes
+                while sum(map(len, self.written[i])) > 3 * self.context // 4:
+                    self.written[i].pop(0)
+                self.unread[i] = list(chain(*self.written[i]))
+                self.cache.lengths[row] = 0
+            if len(self.unread[i]) > CHUNK:  # by itself: the others would be padded to it
+                self._read(slice(row, row + 1))
+        self._read(slice(None))
         self.by_model = self.rng.random(len(state)) < self.probability(episode)
-        return np.where(self.by_model, self.q.argmax(1), self.rng.integers(0, len(ACTIONS), len(state)))
+        by_coin = self.rng.integers(0, len(ACTIONS), len(state))
+        return np.where(self.by_model, self.q.argmax(1), by_coin)
 
-    @torch.inference_mode()
-    def remember(self, given: Sequence[list[Episode]]) -> None:
-        """Begin each trial's context with these episodes, which somebody else has played."""
-        messages = [np.concatenate([self.encoder.messages(episode) for episode in episodes]) for episodes in given]
-        self._feed(np.array(list(itertools.zip_longest(*messages, fillvalue=NOTHING))).T)
+    def learn(self, step):
+        over = step.terminated | step.truncated
+        columns = (step.action, step.successor, step.reward, step.truncated, over)
+        for i in np.flatnonzero(step.playing):
+            self._write(i, self.encoder.step(*(column[i] for column in columns)))
+        self.begins = over & step.playing
 
-    def _feed(self, chunk: np.ndarray) -> Tensor:
-        """Let the network read on by a chunk (N, M) of messages; Q-values (live trials, A) after each trial's last token."""
-        tokens, counts = self.encoder.join(chunk[self.live])
-        counts_there = self._tensor(counts)
-        last = (counts_there[:, None] - 1).clamp(min=0)  # a trial that is over has no tokens, and its row is not used
-        q = self.network(self._tensor(tokens), last, self.cache)[:, 0]
-        self.cache.advance(counts_there)
-        self.lengths[self.live] += counts
-        self.transcript.append(chunk)
-        return q
+    def _write(self, i, pieces):
+        tokens = self.encoder.tokens(pieces)
+        self.written[i][-1] += tokens
+        self.unread[i] += tokens
 
-    def learn(self, step: Step, playing: np.ndarray) -> None:
-        self.begins = step.terminated | step.truncated
-        self.happened = step_messages(step.action, step.successor, step.reward, step.truncated, self.begins)
-
-    def _forget(self, row: int, chunk: np.ndarray) -> None:
-        """Encode anew the newest whole episodes of a row's trial that leave room for `chunk` (8,) and more."""
-        trial = self.live[row]
-        messages = np.concatenate([past[trial] for past in self.transcript])  # (M,)
-        onward = self.encoder.lengths[messages][::-1].cumsum()[::-1]  # tokens from each message to the end
-        limit = min(3 * self.context // 4, self.context - self.encoder.lengths[chunk].sum())
-        tokens, counts = self.encoder.join(messages[None, ((messages == BEGIN) & (onward <= limit)).argmax() :])
-        fresh = self._new_cache(1)
-        self.network(self._tensor(tokens), self._tensor(counts[:, None] - 1), fresh)
-        fresh.advance(self._tensor(counts))
-        self.cache.replace(self._tensor(np.array([row])), fresh)
-        self.lengths[trial] = counts[0]
-
-    @staticmethod
-    def slots(encoder: Encoder, context: int) -> int:
-        """Slots of the cache for one trial: the context, and the padding of a chunk."""
-        return context + 8 * encoder.table.shape[1]
-
-    def _new_cache(self, rows: int) -> KVCache:
-        llama, slots = self.network.llama, self.slots(self.encoder, self.context)
-        return KVCache(llama.config, rows, slots, llama.vocabulary.dtype, self.network.action_tokens.device)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.network.action_tokens.device)
+    def _read(self, rows: slice):
+        """Let the network read on in these rows, and note the Q-values at their ends."""
+        trials, cache, device = self.trial[rows], self.cache[rows], self.cache.lengths.device
+        unread = [torch.tensor(self.unread[i], dtype=torch.long) for i in trials]
+        counts = torch.tensor([len(tokens) for tokens in unread], device=device)  # (rows,)
+        if not counts.any():
+            return
+        chunk = pad_sequence(unread, batch_first=True).to(device)  # (rows, T)
+        last = (counts - 1).clamp(min=0)[:, None]  # (rows, 1)
+        q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
+        cache.lengths += counts
+        for i, values in zip(trials, q):
+            if self.unread[i]:
+                self.q[i], self.unread[i] = values, []
 
 
-def play(
-    network: QNetwork,
-    encoder: Encoder,
-    lakes: Sequence[Lake],
-    episodes: int,
-    rng: np.random.Generator,
-    context: int,
-    max_steps: int = MAX_STEPS,
-    probability: Callable[[np.ndarray], np.ndarray] | None = None,
-    world: Callable = FrozenLake,
-    given: Sequence[list[Episode]] | None = None,
-    limit: float = math.inf,
-) -> list[list[Episode]]:
-    """One trial a lake, as many side by side as memory has room for; [trial][episode].
+def check_context(encoder, context: int, max_steps: int):
+    """ValueError if so many tokens have no room for an episode and, when full, to forget."""
+    kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
+    step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
+    if (needed := 4 * (max_steps + 3) * step // 3) > context:  # 3 for what begins and ends it
+        few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
+        raise ValueError(f"{few}: ask for {needed} --tokens, or for fewer --max-steps.")
 
-    `world(lakes, rng, max_steps=...)` makes the environment of some of the lakes; `given` are the episodes with which each
-    trial's context begins; `limit` is roll_out's.
-    """
-    vocabulary, played = network.llama.vocabulary, []
-    one = KVCache(network.llama.config, 1, InContext.slots(encoder, context), vocabulary.dtype, "meta")
-    size = max(1, int(0.8 * free_memory(vocabulary.device) / (one.keys.nbytes + one.values.nbytes)))
-    for first in range(0, len(lakes), size):
-        env = world(lakes[first : first + size], rng, max_steps=max_steps)
-        player = InContext(network, encoder, env, rng, context, probability)
-        if given:
-            player.remember(given[first : first + size])
-        quiet = limit < math.inf  # nobody knows how many episodes that makes
-        with tqdm(total=len(env) * episodes, unit="episode", desc="Playing", delay=5, leave=False, disable=quiet) as bar:
-            played += roll_out(env, player, episodes, bar, limit)
+
+def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability):
+    """One trial a lake, as InContext and roll_out say; the episodes, [trial][episode]."""
+    rng, played, side_by_side = np.random.default_rng(seed), [], len(lakes)
+    like = run.network.llama.vocabulary
+    if like.is_cuda:  # as many as its memory holds
+        one = KVCache(run.network.llama.config, 1, run.recipe.tokens, like.dtype, "meta")
+        free, _ = torch.cuda.mem_get_info(like.device)
+        each = 3 * one.keys.nbytes  # keys, values, and a copy of half of the rows
+        side_by_side = max(1, int(0.8 * free / each))
+    for start in range(0, len(lakes), side_by_side):
+        part = slice(start, start + side_by_side)
+        env = FrozenLake(lakes[part], rng, run.recipe.max_steps)
+        player = InContext(run, env, rng, probability, given and given[part])
+        played += roll_out(env, player, episodes, first=first)
     return played
 
 
-# ------------------------------------------------------------------------------------------------------------ run folder
-def explain(error: Exception) -> str:
-    """The sentence that a program ends with when a user's input or disk stopped it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "The device is out of memory: use --resume with a smaller --at-once and --checkpointing, or fewer --trials."
-    if isinstance(error, (OSError, SafetensorError)):
-        what = getattr(error, "filename", None) or "A file"
-        reason = getattr(error, "strerror", None) or error
-        return f"{what} cannot be read or written ({reason}): choose another place, or free this one."
-    return str(error)
+# ---- what a run is
+def setting(default, text: str, low=None, high=math.inf, choices=()):
+    """A field of Recipe, with the help of its flag and its bounds or choices."""
+    metadata = {"help": text, "bounds": (low, high), "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
-def save_network(folder: Path, network: QNetwork, base: str = "") -> None:
-    """Write what was trained: model.safetensors, or with an adapter PEFT's two files, which name its base."""
-    if network.adapter is not None:
-        return network.adapter.save(folder, base)
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(network.llama.state_dict(), temporary, metadata={"format": "pt"})
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run depends on. The defaults are the embedded model's, train.PAPER the paper's."""
 
+    model: str = setting("", "base to adapt by IA3: a folder or a repository of the Hub")
+    revision: str = setting("", "branch, tag or commit of the Hub's repository")
+    dtype: str = setting("float32", "of the base", choices=["float32", "bfloat16", "float16"])
+    layers: int = setting(2, "decoder layers of a new network", 1)
+    width: int = setting(64, "model dimension of a new network", 1)
+    heads: int = setting(2, "attention heads of a new network", 1)
+    # the data
+    sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake")
+    min_hops: int = setting(4, "fewest steps from a start to a goal")
+    easy_until: float = setting(0.4, "share of the training over which easy lakes disappear", 0, 1)
+    lakes: int = setting(256, "lakes in a collection", 1)
+    episodes: int = setting(100, "episodes of Q-learning on each lake", 1)
+    collection_steps: int = setting(128, "steps before the next collection", 1)
+    late_from: float = setting(0.6, "share of the training after which it is late", 0, 1)
+    own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
+    windows: float = setting(0.0, "share of late lakes numbered as parts of 7 x 7 maps", 0, 1)
+    quality: str = setting("mid", "episodes that are likelier to be drawn", choices=list(QUALITY))
+    max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)
+    # the optimisation
+    steps: int = setting(8400, "optimizer steps", 1)
+    tokens: int = setting(512, "tokens in a slice, and in a context at play", 1)
+    batch: int = setting(4, "slices in a batch", 1)
+    gamma: float = setting(0.9, "discount", 0, 1)
+    reward_scale: float = setting(1.0, "factor of the rewards in the loss", 0)
+    alpha: float = setting(0.1, "share of theta in each Polyak step (equation 8)", 0, 1)
+    learning_rate: float = setting(3e-3, "AdamW's", 0)
+    muon_rate: float = setting(0.01, "Muon's, for the layers' matrices; 0: AdamW for all", 0)
+    warm_up: int = setting(50, "steps over which the learning rates rise", 1)
+    decay_from: float = setting(0.2, "share of the training after which they fall", 0, 1)
+    clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
+    seed: int = setting(0, "of weights and data", 0)
 
-def read_recipe(folder: str | Path) -> dict | None:
-    """The recipe of a run of train.py, or None if the folder holds no run."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text())["icrl"]
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
+    def __post_init__(self):
+        for f in fields(self):
+            value, needed = getattr(self, f.name), ""
+            (low, high), choices = f.metadata["bounds"], f.metadata["choices"]
+            pair = f.default, value
+            kinds = [[*map(type, x)] if isinstance(x, tuple) else type(x) for x in pair]
+            if kinds[0] != kinds[1] and kinds != [float, int]:
+                needed = f"like {f.default!r}"
+            elif low is not None and not (low <= value <= high and value < math.inf):
+                needed = f"in {low} to {high}"
+            elif choices and value not in choices:
+                needed = f"one of {', '.join(choices)}"
+            if needed:
+                flag = "--" + f.name.replace("_", "-")
+                raise ValueError(f"{flag} has to be {needed}, not {value!r}.")
 
 
 class Run(NamedTuple):
-    """What a run's folder holds."""
-
+    folder: Path
+    recipe: Recipe
     network: QNetwork
     encoder: Encoder
-    recipe: dict
-    folder: Path
 
 
-def load_run(folder: str | Path, device: str = "cpu") -> Run:
-    """Raises ValueError, in one sentence, if the folder holds no run."""
+@contextmanager
+def replacing(path: Path):
+    """Write to the yielded name; if all goes well it becomes `path` in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, content: dict):
+    """Tensors by name as safetensors, anything else as JSON."""
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(content, temporary, {"format": "pt"})
+        else:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_network(run: Run):
+    """What was trained: every weight, or with an adapter PEFT's two files, which name its base."""
+    if not run.network.adapter:
+        return save(run.folder / "model.safetensors", run.network.llama.state_dict())
+    save(run.folder / "adapter_model.safetensors", run.network.adapter.to_peft())
+    base = {"base_model_name_or_path": run.recipe.model, "inference_mode": True}
+    save(run.folder / "adapter_config.json", PEFT_CONFIG | base)
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a run of train.py; None if the folder holds another checkpoint."""
+    with reading(folder / "config.json") as path:
+        settings = json.loads(path.read_text()).get("icrl")
+        if settings is None:
+            return None
+        if settings.keys() != {f.name for f in fields(Recipe)}:
+            raise ValueError("it was made by another version of train.py: train it anew")
+        return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def load_run(folder: str | Path, device="cpu") -> Run:
+    """The run of train.py in a folder; ValueError if there is none."""
+    folder = Path(folder)
     if (recipe := read_recipe(folder)) is None:
-        raise ValueError(f"{folder} is no run of train.py: its config.json with the recipe is missing or foreign.")
-    if missing := {"adapter", "model", "revision", "dtype", "sides", "min_hops", "tokens", "max_steps"} - recipe.keys():
-        raise ValueError(f"{folder} was made by another version of train.py (it has no {min(missing)}): train it anew.")
-    encoder, dtype = Encoder(load_tokenizer(folder)), getattr(torch, recipe["dtype"])
-    if recipe["adapter"] == "ia3":
-        llama = load_llama(recipe["model"], dtype, device, recipe["revision"])
-        network = QNetwork(llama, encoder.action_tokens, IA3.load(folder))
-    else:  # a copy in memory of its own, since the file's memory map is aligned differently, which can change the last bits
-        network = QNetwork(copy.deepcopy(load_llama(folder, dtype)), encoder.action_tokens)
-    return Run(network.to(device), encoder, recipe, Path(folder))
+        raise ValueError(f"{folder} is no run of train.py: its config.json has no recipe.")
+    encoder, dtype = Encoder(load_tokenizer(folder)), getattr(torch, recipe.dtype)
+    if recipe.model:
+        llama = load_llama(recipe.model, dtype, device, recipe.revision)
+        adapter = IA3(llama.config).to(device)
+        adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
+    else:  # in memory of its own: a file's is aligned otherwise, and last bits could differ
+        llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
+    return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
+
+
+@torch.no_grad()
+def main(folder=SHIPPED):
+    """Follow three episodes of a random player from the lake to the loss."""
+    run, rng = load_run(folder), np.random.default_rng(1)
+    encoder, lakes = run.encoder, random_lakes(1, rng, min_hops=3, test=True)
+    env = FrozenLake(lakes, rng)
+    (played,) = roll_out(env, RandomPlayer(env, rng), 100)
+    failure = next(e for e in played if e.total == 0 and len(e.actions) < 6)
+    success = next(e for e in played if e.total > 0 and len(e.actions) < 9)
+    pieces = encoder.write(success)
+    print(f"A lake, and an episode on it:\n\n{draw(lakes[0], success.observations)}\n")
+    print(f"As text: {''.join(pieces)}\nAs tokens: {encoder.tokens(pieces)}\n")
+    print("A slice of a failure, this success and, once more, this success:\n")
+    episodes = [failure, success, success]
+    length = len(encoder.tokens(chain(*map(encoder.write, episodes))))
+    batch = collate([encode_slice(encoder, iter([episodes]), length, run.recipe.gamma)])
+    q = run.network(batch.tokens, batch.positions)  # (1, N, A)
+    rewards = run.recipe.reward_scale * batch.rewards
+    y = td_targets(q, q, rewards, batch.discounts)  # (1, N); here phi is theta
+    names = [f"Q({word})" for word in ACTIONS] + "action reward discount target error".split()
+    print("  at  tile" + "".join(f"{name:>10}" for name in names))
+    tiles = chain(*(episode.observations[:-1] for episode in episodes))
+    columns = (tiles, q[0], y[0], *(column[0] for column in batch[1:5]))
+    for tile, values, target, position, action, reward, discount in zip(*columns):
+        cells = "".join(f"{value:10.3f}" for value in values)
+        cells += f"{ACTIONS[action]:>10}{reward:10.0f}{discount:10.1f}{target:10.3f}"
+        print(f"{position:4}{tile:6}{cells}{target - values[action]:10.3f}")
+    loss = td_loss(q, batch.actions, y, batch.mask)
+    print(f"\nThe loss is the mean of the squared errors: {loss:.5f}")
+
+
+if __name__ == "__main__":
+    with exit_in_one_sentence():
+        main(*sys.argv[1:2])

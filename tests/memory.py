@@ -1,0 +1,62 @@
+"""`python tests/memory.py`: what training an adapter takes, as the README's table in Markdown.
+
+It downloads and computes nothing; the checkpoints' shapes stand below. The last columns follow
+train.py's rule, one slice at a time: activations are kept if they fit beside the weights, else only
+the layers' inputs are, and one layer's own activations while its gradient is computed.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from ia3 import IA3
+from llama import KVCache, Llama, LlamaConfig
+from train import kept_bytes
+
+DTYPE = torch.bfloat16
+CHECKPOINTS = {  # LlamaConfig's sizes, whether the vocabulary is tied, tokens of a slice
+    "SmolLM2-135M-Instruct": ((49_152, 576, 1536, 30, 9, 3, 64), True, 4096),
+    "SmolLM2-360M-Instruct": ((49_152, 960, 2560, 32, 15, 5, 64), True, 4096),
+    "TinyLlama-1.1B-Chat": ((32_000, 2048, 5632, 22, 32, 4, 64), False, 2048),
+    "Llama-3.2-1B-Instruct": ((128_256, 2048, 8192, 16, 32, 8, 64), True, 4096),
+    "SmolLM2-1.7B-Instruct": ((49_152, 2048, 8192, 24, 32, 32, 64), True, 4096),
+    "Llama-3.2-3B-Instruct": ((128_256, 3072, 8192, 28, 24, 8, 128), True, 4096),
+    "Llama-3.1-8B-Instruct": ((128_256, 4096, 14_336, 32, 32, 8, 128), False, 4096),
+    "Llama-3.3-70B-Instruct": ((128_256, 8192, 28_672, 80, 64, 8, 128), False, 4096),
+}
+GPUS = (8, 16, 24, 80)  # GB
+CUDA = 0.7e9  # bytes that CUDA itself takes
+
+
+def row(name: str) -> list[str]:
+    """The cells of a checkpoint."""
+    shape, tied, tokens = CHECKPOINTS[name]
+    config = LlamaConfig(*shape, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        llama, adapter = Llama(config).to(DTYPE), IA3(config)
+        cache = KVCache(config, 1, tokens, DTYPE, "meta")
+    trained = sum(p.numel() for p in adapter.parameters())
+    weights = sum(p.nbytes for p in llama.parameters())
+    matrices = sum(p.numel() for p in llama.model.layers.parameters() if p.ndim == 2)
+    # each token attends to half a slice on average: products with so many keys, and so many values
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
+    kept = kept_bytes(config, tokens, DTYPE)
+    inputs = tokens * config.num_hidden_layers * config.hidden_size * DTYPE.itemsize
+    checkpointed = inputs + kept // config.num_hidden_layers
+    gib = (f"{count / 2**30:.2f} GiB" for count in (weights, kept))
+    cells = [name, f"{trained:,}", *gib, f"{(cache.keys.nbytes + cache.values.nbytes) >> 20} MiB"]
+    cells.append(f"{2 * (matrices + attention) / 1e9:.1f} G")
+    for gpu in GPUS:
+        free = gpu * 1e9 - CUDA - weights
+        cells.append("kept" if kept < free else "checkpointed" if checkpointed < free else "-")
+    return cells
+
+
+if __name__ == "__main__":
+    what = "checkpoint|trained|weights, bf16|activations of a slice|KV cache of a trial"
+    head = [*what.split("|"), "forward FLOPs a token", *(f"{gpu} GB" for gpu in GPUS)]
+    for cells in (head, ["---"] * len(head), *map(row, CHECKPOINTS)):
+        print(f"| {' | '.join(cells)} |")
