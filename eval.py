@@ -52,7 +52,7 @@ def by_references(run, seed, *stages: list[Lake], episodes=30) -> dict[str, Play
     for name, make in REFERENCES.items():
         rng = np.random.default_rng(seed)
         envs = [FrozenLake(lakes, rng, run.recipe.max_steps) for lakes in stages]
-        player = make(max(envs, key=lambda env: env.moves.size), rng)
+        player = make(max(envs, key=lambda env: env.moves.size), rng)  # room for all tiles
         turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
         played[name] = [list(chain(*trial)) for trial in zip(*turns)]
     return played
@@ -64,7 +64,7 @@ def returns_of(played: Played) -> np.ndarray:
 
 
 def wilson(mean, trials):
-    """95 % confidence intervals (2, ...) of shares (Wilson 1927), honest at 0 and at 1 too."""
+    """95 % confidence intervals (2, ...) of shares (Wilson 1927)."""
     z = 1.96
     centre = mean + z**2 / (2 * trials)
     half = z * np.sqrt(mean * (1 - mean) / trials + (z / (2 * trials)) ** 2)
@@ -101,7 +101,6 @@ def plot(path, title, returns):
         low, high = wilson(r.mean(0), len(r))
         axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15)
     axes.set(title=title, xlabel="episode in the same context", ylabel="mean return", ylim=(0, 1))
-    axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     save_picture(path, figure)
 

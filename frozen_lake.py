@@ -65,9 +65,9 @@ def grid_moves(height, width) -> np.ndarray:
 
 
 def hops(moves, distance):
-    """Fewest steps from every tile to a goal, by relaxation of a first guess: 0 on goals, else inf.
+    """Fewest steps from every tile to a goal, by relaxation of a first guess `distance` (N, S).
 
-    moves (N, S, A): where each action leads, -1 if that is unknown or nowhere. distance (N, S).
+    moves (N, S, A): where each action leads, -1 if that is unknown or nowhere.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -94,7 +94,10 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
     for _ in range(1000):
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
-            shape = (max(64, 16384 // high**2), height * width)  # equally many
+            shape = (
+                max(64, 16384 // high**2),
+                height * width,
+            )  # equally many of each size are drawn
             start, goal, hole = (rng.random(shape) < chance for chance in (0.1, 0.1, 0.2))
             tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
             moves = np.where((tiles == "H")[..., None], -1, grid_moves(height, width))
@@ -110,7 +113,10 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
 
 
 def window(lake, rng, side=7) -> np.ndarray:
-    """Tile numbers (tiles,) as if the lake were somewhere in a map of up to `side` tiles a side."""
+    """Tile numbers (tiles,) as if the lake were a part of a map of up to `side` tiles a side.
+
+    So a network meets the numbers of larger lakes than it is trained on.
+    """
     columns = rng.integers(lake.width, max(side, lake.width) + 1)
     top = rng.integers(0, max(side - lake.height, 0) + 1)
     left = rng.integers(0, columns - lake.width + 1)
@@ -133,7 +139,7 @@ class FrozenLake:
         size = 1 + max(number.max() for number in numbers)  # S
         self.rng, self.max_steps, self.lake = rng, max_steps, np.arange(len(lakes))
         self.slippery = np.broadcast_to(slippery, len(lakes))
-        self.tiles = np.full((len(lakes), size), "")  # (N, S); "" is a number that no tile has
+        self.tiles = np.full((len(lakes), size), "")  # (N, S), "" where no tile has the number
         self.moves = np.zeros((len(lakes), size, len(ACTIONS)), int)  # (N, S, A)
         for i, (lake, number) in enumerate(zip(lakes, numbers)):
             self.tiles[i, number] = lake.tiles
@@ -211,25 +217,23 @@ def roll_out(env, player, episodes, limit=math.inf, first=0) -> list[list[Episod
         episode = episode + (over & playing)
         bar.update(int((over & playing).sum()))
     bar.close()
-    columns = Step(*(np.stack(column, axis=1) for column in zip(*steps)))  # (N, steps) each
-    return [cut(Step(*lake)) for lake in zip(*columns)]
+    columns = (np.stack(column, axis=1) for column in zip(*steps))  # of each field: (N, steps)
+    return [split(Step(*rows)) for rows in zip(*columns)]  # of each lake: a row of every field
 
 
-def cut(lake) -> list[Episode]:
-    """The episodes that were played, of the steps on one lake, every field (steps,)."""
-    ends = 1 + np.flatnonzero((lake.terminated | lake.truncated) & lake.playing)
+def split(steps) -> list[Episode]:
+    """The episodes that were played on one lake, from a Step with fields of (steps,)."""
+    ends = 1 + np.flatnonzero((steps.terminated | steps.truncated) & steps.playing)
     episodes = []
     for begin, end in zip([0, *ends], ends):
-        observations = np.append(lake.state[begin:end], lake.successor[end - 1])
-        actions, rewards = lake.action[begin:end], lake.reward[begin:end]
-        episodes.append(Episode(observations, actions, rewards, lake.truncated[end - 1]))
+        observations = np.append(steps.state[begin:end], steps.successor[end - 1])
+        actions, rewards = steps.action[begin:end], steps.reward[begin:end]
+        episodes.append(Episode(observations, actions, rewards, steps.truncated[end - 1]))
     return episodes
 
 
 # ---- the players
 class RandomPlayer:
-    """Acts uniformly at random."""
-
     def __init__(self, env, rng):
         self.rng = rng
 
@@ -270,7 +274,7 @@ class Explorer:
     """Remembers every step, and walks the shortest known way to a goal or, knowing none, to an
     action that it has not tried. Nearly the best that any learner can do.
 
-    Where neither is within reach the lake is not what it was, and is forgotten.
+    Where neither is within reach the lake has changed (eval.changing), and is forgotten.
     """
 
     UNTRIED = 1000.0  # hops: farther than any known goal

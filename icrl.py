@@ -1,17 +1,16 @@
 """In-context reinforcement learning, from transcript to tokens to Q-values to loss to play.
 
-    python icrl.py [RUN]    walks through all of it once, with the numbers of a trained network
+    python icrl.py [RUN]        walks through all of it once, with the numbers of a trained network
 
-In the order in which data flows:
-    Template, Encoder         an episode becomes text, and the text tokens (section 4.1)
-    draw_set, encode_slice    episodes of many lakes, shuffled, become training sequences
-    QNetwork                  a Llama read as Q(tau, a): logits of the action words (3)
-    td_targets, td_loss ...   equations 4, 6, 7 and 8: Double DQN at the action positions
-    InContext, play           the network as a player: a growing context, fixed weights (4.2)
-    Recipe, load_run          what a run is, and how its folder becomes a network again
+The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
+lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
+bad, a network has to work out from tau which lake this is: so it plays better, the longer tau gets.
+In training, 20 to 40 episodes of a lake in random order, lest it imitate progress, are a *set*;
+sets of different lakes are joined and cut into *slices* of T tokens.
 
-Departures: the argmax is over the action words, not the whole vocabulary; the embedded model's text
-has no role headers; a full context forgets its oldest episodes.
+Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words,
+not the whole vocabulary; the small network reads a text without role headers; a context that is
+full forgets its oldest episodes.
 Shapes: B batch, T tokens, N action positions (or trials side by side), A actions, D model.
 """
 
@@ -40,7 +39,7 @@ from ia3 import IA3, PEFT_CONFIG
 from llama import KVCache, Llama, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer
 from llama import reading
 
-SHIPPED = Path(__file__).parent / "results/hour"  # the run that comes with the project
+SHIPPED = Path(__file__).parent / "results/hour"  # it comes with the project
 
 
 # ---- transcript to tokens
@@ -52,7 +51,7 @@ class Template(NamedTuple):
     prompt: str  # at its last token Q-values are read
     action: str
     reward: str  # written if the reward is 1
-    cut: str  # written if the step limit ended the episode
+    cut: str  # written, as in the notebook, if the step limit ended the episode
     end: str
 
 
@@ -73,7 +72,7 @@ TEMPLATES = {  # by a marker; the first one that the vocabulary has counts
 
 
 def compact_tokenizer() -> Tokenizer:
-    """A token for each action, tile and so on: the embedded model's vocabulary of 107."""
+    """A token for each action, tile and so on: the small network's vocabulary of 107."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="..."))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -106,7 +105,6 @@ class Encoder:
             raise ValueError("The tokenizer joins pieces of a transcript: take another model.")
 
     def opening(self, tile: int) -> list[str]:
-        """What is written when an episode begins."""
         return [self.template.begin, self.tiles[tile], self.template.prompt]
 
     def step(self, action: int, tile: int, reward, cut, over) -> list[str]:
@@ -143,7 +141,6 @@ class Batch(NamedTuple):
         return Batch(*(field.to(device) for field in self))
 
     def split(self, size: int):
-        """Parts of at most `size` slices."""
         return [Batch(*parts) for parts in zip(*(field.split(size) for field in self))]
 
 
@@ -221,7 +218,7 @@ def td_targets(q_online: Tensor, q_delayed: Tensor, rewards: Tensor, discounts: 
     """Equations 4 and 6: y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))
 
     q_online, q_delayed (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient.
-    Position t + 1 follows t, so that two passes give the values of all.
+    Position t + 1 follows t, so one pass of each network gives the values of all.
     """
     best = q_online.argmax(-1, keepdim=True)  # chosen by theta ...
     value = q_delayed.gather(-1, best).squeeze(-1)  # ... valued by phi (B, N)
@@ -246,6 +243,7 @@ def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float):
 
 # ---- playing
 CHUNK = 32  # tokens that all trials may read together; a step takes fewer
+KEPT = 0.75  # of a full context when its oldest episodes are forgotten
 
 
 def model_probability(episode: np.ndarray) -> np.ndarray:
@@ -281,14 +279,14 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # trials that are over leave the cache once they are half of it
+        # who plays on has something unread; once half of the rows have nothing, the others go on
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
         lengths = self.cache.lengths.tolist()
         for row, i in enumerate(self.trial):
             if lengths[row] + len(self.unread[i]) > self.context:  # forget the oldest episodes
-                while sum(map(len, self.written[i])) > 3 * self.context // 4:
+                while sum(map(len, self.written[i])) > KEPT * self.context:
                     self.written[i].pop(0)
                 self.unread[i] = list(chain(*self.written[i]))
                 self.cache.lengths[row] = 0
@@ -331,7 +329,7 @@ def check_context(encoder, context: int, max_steps: int):
     """ValueError if so many tokens have no room for an episode and, when full, to forget."""
     kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
     step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
-    if (needed := 4 * (max_steps + 3) * step // 3) > context:  # 3 for what begins and ends it
+    if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3 for what ends it
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
         raise ValueError(f"{few}: ask for {needed} --tokens, or for fewer --max-steps.")
 
@@ -341,7 +339,7 @@ def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_p
     rng, played, side_by_side = np.random.default_rng(seed), [], len(lakes)
     like = run.network.llama.vocabulary
     if like.is_cuda:  # as many as its memory holds
-        one = KVCache(run.network.llama.config, 1, run.recipe.tokens, like.dtype, "meta")
+        one = KVCache(run.network.llama.config, 1, run.recipe.tokens + CHUNK, like.dtype, "meta")
         free, _ = torch.cuda.mem_get_info(like.device)
         each = 3 * one.keys.nbytes  # keys, values, and a copy of half of the rows
         side_by_side = max(1, int(0.8 * free / each))
@@ -362,7 +360,7 @@ def setting(default, text: str, low=None, high=math.inf, choices=()):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run depends on. The defaults are the embedded model's, train.PAPER the paper's."""
+    """All that a run depends on. Defaults: the small network's; train.PAPER: the paper's."""
 
     model: str = setting("", "base to adapt by IA3: a folder or a repository of the Hub")
     revision: str = setting("", "branch, tag or commit of the Hub's repository")
@@ -377,7 +375,9 @@ class Recipe:
     lakes: int = setting(256, "lakes in a collection", 1)
     episodes: int = setting(100, "episodes of Q-learning on each lake", 1)
     collection_steps: int = setting(128, "steps before the next collection", 1)
-    late_from: float = setting(0.6, "share of the training after which it is late", 0, 1)
+    late_from: float = setting(
+        0.6, "share of the training after which own trials and windows begin", 0, 1
+    )
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
     windows: float = setting(0.0, "share of late lakes numbered as parts of 7 x 7 maps", 0, 1)
     quality: str = setting("mid", "episodes that are likelier to be drawn", choices=list(QUALITY))
@@ -400,7 +400,7 @@ class Recipe:
         for f in fields(self):
             value, needed = getattr(self, f.name), ""
             (low, high), choices = f.metadata["bounds"], f.metadata["choices"]
-            pair = f.default, value
+            pair = f.default, value  # of the same type, or an int for a float
             kinds = [[*map(type, x)] if isinstance(x, tuple) else type(x) for x in pair]
             if kinds[0] != kinds[1] and kinds != [float, int]:
                 needed = f"like {f.default!r}"
@@ -482,8 +482,8 @@ def main(folder=SHIPPED):
     encoder, lakes = run.encoder, random_lakes(1, rng, min_hops=3, test=True)
     env = FrozenLake(lakes, rng)
     (played,) = roll_out(env, RandomPlayer(env, rng), 100)
-    failure = next(e for e in played if e.total == 0 and len(e.actions) < 6)
-    success = next(e for e in played if e.total > 0 and len(e.actions) < 9)
+    failure = next(e for e in played if e.total == 0 and len(e.actions) < 4)
+    success = next(e for e in played if e.total > 0 and len(e.actions) < 6)
     pieces = encoder.write(success)
     print(f"A lake, and an episode on it:\n\n{draw(lakes[0], success.observations)}\n")
     print(f"As text: {''.join(pieces)}\nAs tokens: {encoder.tokens(pieces)}\n")

@@ -273,7 +273,7 @@ def reading(path: Path):
 
 
 def load_tensors(path: Path, device="cpu") -> dict[str, Tensor]:
-    with reading(path.resolve()) as file:  # not a link of the Hub's cache: what has to be deleted
+    with reading(path.resolve()) as file:  # so that errors name the file and no link to it
         return load_file(file, device=str(device))
 
 
@@ -294,7 +294,7 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
     config, folder = load_config(source, revision)
     with torch.device("meta"):  # no memory of its own: it takes over the tensors of the files
         llama = Llama(config)
-    folder = fetch(source, "model*.safetensors", revision=folder.name)  # of the same commit
+    folder = fetch(source, "model*.safetensors", revision=folder.name)  # a commit
     tensors = {}
     paths = sorted(folder.glob("model*.safetensors"))
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):

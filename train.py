@@ -44,7 +44,7 @@ PAPER = Recipe(
     easy_until=0.0,
     own=0.0,
     lakes=250,
-    episodes=1500,  # together about what 9,556 slices hold
+    episodes=1500,  # together about what the notebook's 9,556 slices hold
     collection_steps=955,  # all: one collection, one epoch
     steps=955,
     tokens=4096,
@@ -112,7 +112,7 @@ def own_trials(run, number: int) -> list[list[Episode]]:
         return np.where(np.arange(len(lakes)) % 2, model_probability(episode), 1.0)
 
     a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
-    steps = 4 * recipe.tokens // (5 * a_step)  # the rest is for what ends episodes
+    steps = 4 * recipe.tokens // (5 * a_step)  # the rest is for episodes' ends
     return roll_out(env, InContext(run, env, rng, probability), episodes=steps, limit=steps)
 
 
@@ -196,11 +196,12 @@ def train(run, args):
     kept = kept_bytes(llama.config, at_once * recipe.tokens, llama.vocabulary.dtype)
     llama.checkpointing = kept > free
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
-    save_every = recipe.collection_steps if recipe.own else 50  # own trials follow from the weights
+    save_every = recipe.collection_steps if recipe.own else 50
+    # (own trials are played by the weights at a collection's start: a resumed run must begin there)
     step = load_state(run.folder, online, delayed, optimizers)
     first, skip = divmod(step, recipe.collection_steps)
     stream = (batch for number in count(first) for batch in collect(run, number))
-    stream = islice(stream, skip, None)  # what was trained on is skipped
+    stream = islice(stream, skip, None)
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
     log = ["step,loss,mean_q,mean_target,learning_rate,gradient_norm"]
     if step:
@@ -312,14 +313,13 @@ def recipe_of(args) -> Recipe:
     """The recipe that the flags ask for: they change the default or, with --model, PAPER."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     given = {k: tuple(v) if k == "sides" else v for k, v in given.items() if v is not None}
-    idle, kind = {"revision", "dtype"}, "a base"
+    wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
     if args.model:
-        idle, kind = {"layers", "width", "heads"}, "a new network"
+        wrong, kind = given.keys() & {"layers", "width", "heads"}, "a new network"
     if args.resume:
-        given |= {"out": args.out} if args.out else {}
-        idle, kind = given.keys(), "new runs"
-    if wrong := sorted(idle & given.keys()):
-        raise ValueError(f"--{wrong[0].replace('_', '-')} is for {kind}: leave it out.")
+        wrong, kind = given.keys() | ({"out"} if args.out else set()), "new runs"
+    if wrong:
+        raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
     if not args.model:
         return Recipe(**given)
     base, run = Path(args.model), None
@@ -345,7 +345,7 @@ def begin(recipe, folder, device) -> Run:
         recipe = replace(recipe, revision="" if Path(recipe.model).is_dir() else source.name)
     encoder = Encoder(tokenizer)
     check_context(encoder, recipe.tokens, recipe.max_steps)
-    test_lakes(1, recipe.sides, recipe.min_hops)
+    test_lakes(1, recipe.sides, recipe.min_hops)  # raises if there are none
     if recipe.model:
         llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
         network = QNetwork(llama, encoder.action_tokens, IA3(llama.config).to(device))
@@ -388,7 +388,7 @@ def main(arguments=None):
     pieces = encoder.write(Episode([2, 6, 7], [1, 2], [0, 1]))
     if RANK == 0:
         print(f"{folder}: {size:,} parameters learn. Ctrl-C stops, --resume {folder} goes on.")
-        print(f"An episode, as the model reads it: {''.join(pieces)!r}\n{encoder.tokens(pieces)}")
+        print(f"An episode as the model reads it: {''.join(pieces)!r}\n{encoder.tokens(pieces)}")
     train(run, args)
     if RANK == 0:
         on_lakes("unseen", [run], folder, args.trials, seed=0)

@@ -76,7 +76,7 @@ setattr(owner, function, interrupted)
 del sys.argv[:4]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 INTERRUPTED = [  # settings; at which call of which function, and from which step it then goes on
-    (SMALL, [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 3, 10), ("replace", 2, 10)]),
+    (SMALL, [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 6, 15)]),
     ([*SMALL, *"--own 0 --steps 60 --collection-steps 20".split()], [("polyak_update", 54, 50)]),
     (["--model", "RUN", "--trials", 3], [("polyak_update", 5, 0), ("polyak_update", 13, 10)]),
 ]
@@ -90,8 +90,7 @@ def test_interrupted_anywhere_a_run_goes_on_bit_for_bit(finished, tmp_path, sett
     settings += ["--out", folder]
     for place in places:
         signal, status = (2, 130) if place == places[-1] else (9, -9)
-        program = ["-c", INTERRUPT, *place[:2], signal, ROOT / "train.py"]
-        python(*program, *settings, status=status)
+        python("-c", INTERRUPT, *place[:2], signal, ROOT / "train.py", *settings, status=status)
         state = folder / "state.safetensors"
         assert (load_file(state)["step"].item() if state.exists() else 0) == place[2]
         settings = ["--resume", folder, "--trials", 3]
@@ -164,8 +163,7 @@ def test_muon_is_torchs(finished, monkeypatch, kind, atol):
             p.grad = q.grad = torch.randn(p.shape, generator=generator)
         muon.step()
         reference.step()
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=0, atol=atol)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 def test_compiled_the_log_is_the_same_but_for_rounding(tmp_path):
@@ -328,7 +326,5 @@ def test_bad_input(finished, tmp_path, capsys, monkeypatch, command, damage):
     assert any(word.strip("-") in line.lower() for word in command.lower().split()[-2:])
     assert contents(run) == before
     assert bool(bar) == new.exists() == ("1e30" in command)
-    if new.exists():
-        state = load_file(new / "state.safetensors")
-        assert state["step"] == 1
-        assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    if bar:  # the checkpoint of the step before
+        assert all(torch.isfinite(t).all() for t in load_file(new / "state.safetensors").values())
