@@ -79,7 +79,7 @@ def hops(moves, distance):
 
 
 def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> list[Lake]:
-    """`count` lakes by the notebook's rules: test lakes, or none of them.
+    """`count` lakes by the rules of the paper's notebook: test lakes, or none of them.
 
     Width and height are uniform in `sides`. A tile is a start with probability 0.1, each remaining
     one a goal with 0.1, each remaining one a hole with 0.2. A map is kept if it has a start and,
@@ -94,10 +94,7 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
     for _ in range(1000):
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
-            shape = (
-                max(64, 16384 // high**2),
-                height * width,
-            )  # equally many of each size are drawn
+            shape = (16384 // high**2, height * width)  # equally many maps of each size
             start, goal, hole = (rng.random(shape) < chance for chance in (0.1, 0.1, 0.2))
             tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
             moves = np.where((tiles == "H")[..., None], -1, grid_moves(height, width))

@@ -5,8 +5,8 @@
 The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
 lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
 bad, a network has to work out from tau which lake this is: so it plays better, the longer tau gets.
-In training, 20 to 40 episodes of a lake in random order, lest it imitate progress, are a *set*;
-sets of different lakes are joined and cut into *slices* of T tokens.
+For training, 20 to 40 episodes of a lake, in random order so that the place of an episode does not
+tell how good its player was, are a *set*; sets of many lakes are cut into *slices* of T tokens.
 
 Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words,
 not the whole vocabulary; the small network reads a text without role headers; a context that is
@@ -66,7 +66,7 @@ HEADER = ("<|start_header_id|>", "<|end_header_id|>")
 TEMPLATES = {  # by a marker; the first one that the vocabulary has counts
     "<|eot_id|>": chat("<|begin_of_text|>", *HEADER, "<|eot_id|>", "<|end_of_text|>"),  # the paper
     "<|im_end|>": chat("", "<|im_start|>", "\n", "<|im_end|>\n", "<|endoftext|>"),  # ChatML
-    "</s>": chat("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2
+    "</s>": chat("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2: no other marker
     "left": Template("", "{} ", "", "{} ", "1.0 ", "... ", "<|end_of_text|> "),  # two tokens a step
 }
 
@@ -175,7 +175,7 @@ def encode_slice(encoder: Encoder, sets: Iterator[list], length: int, gamma: flo
         if len(tokens) >= length:
             break
     n = sum(position < length for position in positions)
-    # What follows the last action is beyond the slice: no loss, unless its episode ends with it.
+    # What follows the last action is beyond the slice: no loss, unless it ends its episode.
     mask = [True] * (n - 1) + [discounts[n - 1] == 0]
     columns = (tokens[:length], positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
     return Batch(*map(torch.tensor, columns))

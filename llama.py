@@ -2,10 +2,10 @@
 
     python llama.py CHECKPOINT "prompt"        completes the prompt greedily
 
-Section 3 of the paper takes Llama 3.1 8B Instruct as it is, and so does this file: its modules have
-the official names, and its arithmetic is transformers'. Two departures: `forward` stops at the
-hidden states, because Q-learning needs four of the 128,256 rows of the vocabulary matrix; and it
-takes IA3's vectors (ia3.py) as an argument, so that two networks can share one frozen base.
+Section 3 of the paper (arXiv 2501.14176) takes Llama 3.1 8B Instruct as it is, and so does this
+file: its modules have the official names, and its arithmetic is transformers'. Two departures:
+`forward` stops at the hidden states, because Q-learning needs four of the 128,256 rows of the
+vocabulary matrix; and it takes IA3's vectors (ia3.py), so that two networks can share a base.
 Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads,
 hd head size, I feed-forward.
 """

@@ -44,8 +44,8 @@ PAPER = Recipe(
     easy_until=0.0,
     own=0.0,
     lakes=250,
-    episodes=1500,  # together about what the notebook's 9,556 slices hold
-    collection_steps=955,  # all: one collection, one epoch
+    episodes=1500,  # on each lake: together about what the notebook's 9,556 slices hold
+    collection_steps=955,  # all of them, 10 slices each, from one collection
     steps=955,
     tokens=4096,
     batch=10,
@@ -56,7 +56,7 @@ PAPER = Recipe(
 
 # ---- the data
 def collect(run, number: int) -> Iterator[Batch]:
-    """New lakes, Q-learning's episodes on them, shuffled into sets and cut into slices.
+    """New lakes, Q-learning's episodes on them in shuffled sets, and late the network's own trials.
 
     It follows from the recipe, the number and, late in training, from what the network plays.
     """
@@ -101,8 +101,8 @@ def numbered(recipe, lakes, rng, late):
 def own_trials(run, number: int) -> list[list[Episode]]:
     """What the network does on lakes of its own, each for about as long as a slice.
 
-    In half of them random actions are forced, as in tests. Its mistakes are in no other player's
-    data: only they teach it what loops and detours are worth.
+    In half of them random actions are forced; they stay in the order played: both as at test. Its
+    mistakes are in no other player's data: only they teach it what loops and detours are worth.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
     lakes = random_lakes(64, rng, recipe.sides, recipe.min_hops, test=False)
