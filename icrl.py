@@ -51,7 +51,7 @@ class Template(NamedTuple):
     prompt: str  # at its last token Q-values are read
     action: str
     reward: str  # written if the reward is 1
-    cut: str  # written, as in the notebook, if the step limit ended the episode
+    cut: str  # the notebook's words, written if the step limit ended the episode
     end: str
 
 
@@ -368,7 +368,7 @@ class Recipe:
     layers: int = setting(2, "decoder layers of a new network", 1)
     width: int = setting(64, "model dimension of a new network", 1)
     heads: int = setting(2, "attention heads of a new network", 1)
-    # the data
+    # the data, as train.collect makes it
     sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake")
     min_hops: int = setting(4, "fewest steps from a start to a goal")
     easy_until: float = setting(0.4, "share of the training over which easy lakes disappear", 0, 1)
@@ -387,7 +387,9 @@ class Recipe:
     tokens: int = setting(512, "tokens in a slice, and in a context at play", 1)
     batch: int = setting(4, "slices in a batch", 1)
     gamma: float = setting(0.9, "discount", 0, 1)
-    reward_scale: float = setting(1.0, "factor of the rewards in the loss", 0)
+    reward_scale: float = setting(
+        1.0, "factor of the rewards; 30 suits an official Llama's logits", 0
+    )
     alpha: float = setting(0.1, "share of theta in each Polyak step (equation 8)", 0, 1)
     learning_rate: float = setting(3e-3, "AdamW's", 0)
     muon_rate: float = setting(0.01, "Muon's, for the layers' matrices; 0: AdamW for all", 0)
@@ -470,7 +472,7 @@ def load_run(folder: str | Path, device="cpu") -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # in memory of its own: a file's is aligned otherwise, and last bits could differ
+    else:  # in memory of its own: a file's is aligned otherwise, a resumed run could differ
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 
@@ -492,8 +494,8 @@ def main(folder=SHIPPED):
     length = len(encoder.tokens(chain(*map(encoder.write, episodes))))
     batch = collate([encode_slice(encoder, iter([episodes]), length, run.recipe.gamma)])
     q = run.network(batch.tokens, batch.positions)  # (1, N, A)
-    rewards = run.recipe.reward_scale * batch.rewards
-    y = td_targets(q, q, rewards, batch.discounts)  # (1, N); here phi is theta
+    batch = batch._replace(rewards=run.recipe.reward_scale * batch.rewards)
+    y = td_targets(q, q, batch.rewards, batch.discounts)  # (1, N); here phi is theta
     names = [f"Q({word})" for word in ACTIONS] + "action reward discount target error".split()
     print("  at  tile" + "".join(f"{name:>10}" for name in names))
     tiles = chain(*(episode.observations[:-1] for episode in episodes))

@@ -4,8 +4,8 @@
 
 Section 3 of the paper (arXiv 2501.14176) takes Llama 3.1 8B Instruct as it is, and so does this
 file: its modules have the official names, and its arithmetic is transformers'. Two departures:
-`forward` stops at the hidden states, because Q-learning needs four of the 128,256 rows of the
-vocabulary matrix; and it takes IA3's vectors (ia3.py), so that two networks can share a base.
+`forward` stops at the hidden states, because Q-values are the logits of four action words out of
+128,256 tokens; and it takes IA3's vectors (ia3.py), so that two networks can share a base.
 Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads,
 hd head size, I feed-forward.
 """
@@ -294,7 +294,7 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
     config, folder = load_config(source, revision)
     with torch.device("meta"):  # no memory of its own: it takes over the tensors of the files
         llama = Llama(config)
-    folder = fetch(source, "model*.safetensors", revision=folder.name)  # a commit
+    folder = fetch(source, "model*.safetensors", revision=folder.name)  # the commit
     tensors = {}
     paths = sorted(folder.glob("model*.safetensors"))
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):

@@ -37,6 +37,8 @@ from icrl import polyak_update, read_recipe, replacing, save, save_network, td_l
 from llama import DEVICE, Llama, LlamaConfig, device, exit_in_one_sentence, load_config, load_llama
 from llama import load_tensors, load_tokenizer
 
+# of this process, and how many there are: see "several GPUs"
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ADAMW = {"learning_rate": 1e-2, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
 PAPER = Recipe(
     model="meta-llama/Llama-3.1-8B-Instruct",
@@ -133,14 +135,14 @@ def new_network(recipe, encoder) -> QNetwork:
 
 
 def kept_bytes(config, tokens: int, dtype) -> int:
-    """About what a forward pass keeps for the backward pass."""
+    """About what a forward pass keeps for the backward pass, counted layer by layer."""
     a_token = 8 * config.hidden_size + 4 * config.intermediate_size
     return tokens * config.num_hidden_layers * a_token * dtype.itemsize
 
 
 # ---- the training
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (Jordan et al. 2024) without its bfloat16, at which most CPUs are slow."""
+    """torch.optim.Muon (and constants, Jordan et al. 2024), but for its bfloat16: CPUs are slow."""
 
     @torch.no_grad()
     def step(self):
@@ -290,7 +292,6 @@ def load_state(folder, online, delayed, optimizers):
 # ---- several GPUs, under torchrun
 # Each process draws its share of a batch from a seed of its own; all average their gradients, so
 # their networks stay the same. The first one writes, and plays while the others wait.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_group(device):

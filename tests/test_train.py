@@ -297,7 +297,7 @@ BAD = """eval.py TMP/nothing; eval.py RUN unseen larger; eval.py RUN RUN; eval.p
     train.py NEW --sides 1 3; train.py NEW --min-hops 30; train.py NEW --tokens 20;
     train.py NEW --batch 0; train.py NEW --gamma 1.5; train.py NEW --learning-rate nan;
     train.py NEW --quality best; train.py NEW --heads 20; train.py NEW --device nonsense;
-    train.py NEW --look-every 0; train.py NEW --trials 0;
+    train.py NEW --look-every 0; train.py NEW --trials 0; train.py NEW --steps many;
     train.py NEW --learning-rate 1e30 --warm-up 1 --collection-steps 1"""
 FAULTY = ['"tokens": "many"', '"dtype": "system"', '"sides": [3]', '"held_out": 1']
 CUT = ["config.json", "tokenizer.json", "model.safetensors", "state.safetensors"]
@@ -321,7 +321,8 @@ def test_bad_input(finished, tmp_path, capsys, monkeypatch, command, damage):
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit, match=r"^2$"):
         runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
-    *bar, line = capsys.readouterr().err.splitlines()
+    errors = re.sub(r"usage: .*?^(?=\w+\.py: )", "", capsys.readouterr().err, flags=re.S | re.M)
+    *bar, line = errors.splitlines()  # argparse has its usage before the line
     assert line.startswith(f"{sys.argv[0]}: ")
     assert any(word.strip("-") in line.lower() for word in command.lower().split()[-2:])
     assert contents(run) == before
