@@ -232,7 +232,7 @@ def their_playing():
             text += "<|end_of_text|> "
 
 
-def compare(title: str, sides: tuple[str, str], before: str = "", turns: int = 5):
+def compare(title: str, sides: tuple[str, str], before: str = "", turns: int = 3):
     """Let two of the functions above take turns, and print what they answer."""
     pipes, answers, here = [], [], Path(__file__).parent
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL  # no progress bars, no peers' warnings

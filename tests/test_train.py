@@ -23,7 +23,7 @@ from icrl import encode_slice, load_run, td_loss, td_targets
 ROOT = Path(train.__file__).parent
 SMALL = """--layers 1 --width 16 --heads 2 --lakes 24 --episodes 40 --tokens 64 --max-steps 10
     --batch 4 --steps 30 --collection-steps 5 --late-from 0.4 --own 0.5 --windows 0.5 --sides 3 4
-    --min-hops 3 --look-every 20 --trials 3""".split()
+    --min-hops 3 --look-every 100 --trials 3""".split()
 PLAYERS = "transformer in context;systematic explorer;tabular Q-learning;uniform random".split(";")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 torch.set_num_threads(1)  # runs are equal to the last bit on one CPU set-up only
@@ -78,7 +78,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 INTERRUPTED = [  # settings; at which call of which function, and from which step it then goes on
     (SMALL, [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 6, 15)]),
     ([*SMALL, *"--own 0 --steps 60 --collection-steps 20".split()], [("polyak_update", 54, 50)]),
-    (["--model", "RUN", "--trials", 3], [("polyak_update", 5, 0), ("polyak_update", 13, 10)]),
+    ("--model RUN --steps 15".split(), [("polyak_update", 5, 0), ("polyak_update", 13, 10)]),
 ]
 
 
@@ -86,7 +86,7 @@ INTERRUPTED = [  # settings; at which call of which function, and from which ste
 def test_interrupted_anywhere_a_run_goes_on_bit_for_bit(finished, tmp_path, settings, places):
     """SIGKILL amid a collection and before any file that is written, the last time Ctrl-C."""
     settings, folder = [finished if word == "RUN" else word for word in settings], tmp_path / "run"
-    go(train, *settings, "--out", tmp_path / "whole")
+    go(train, *settings, "--trials", 3, "--out", tmp_path / "whole")
     settings += ["--out", folder]
     for place in places:
         signal, status = (2, 130) if place == places[-1] else (9, -9)
