@@ -135,8 +135,9 @@ def new_network(recipe, encoder) -> QNetwork:
 
 
 def kept_bytes(config, tokens: int, dtype) -> int:
-    """About what a forward pass keeps for the backward pass, counted layer by layer."""
-    a_token = 8 * config.hidden_size + 4 * config.intermediate_size
+    """About what a forward pass keeps for the backward pass."""
+    a_token = 9 * config.hidden_size + 4 * config.intermediate_size
+    a_token += 2 * config.num_key_value_heads * config.head_dim
     return tokens * config.num_hidden_layers * a_token * dtype.itemsize
 
 
