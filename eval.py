@@ -1,4 +1,4 @@
-"""Look at what was learned: play lakes that no training saw, beside players that need no network.
+"""Look at what was learned: play lakes that no training saw.
 
     python eval.py [RUN] unseen         figure 3: the return rises from episode to episode
     python eval.py [RUN] larger         figure 4: lakes of 6-7 tiles a side
@@ -9,9 +9,9 @@
     python eval.py [RUN] paths          figure 1: early, middle and late paths of one trial
     python eval.py [RUN] --watch        one trial, step by step, with its Q-values
 
-Without RUN: the run that comes with the project. Section 4 of the paper: a trial is one lake and
-one growing context, and no weight changes. Departures: 200 trials instead of 50, with 95 %
-confidence intervals and reference players (Q-learning is forced to explore too).
+Without RUN: the run that comes with the project. Section 4 of the paper; no weight changes.
+Departures: 200 trials instead of 50, with 95 % confidence intervals and reference players
+(Q-learning is forced to explore too).
 """
 
 import argparse
@@ -73,7 +73,8 @@ def wilson(mean, trials):
 
 def sparkline(played: Played) -> str:
     """The mean returns of the episodes in one word."""
-    return "".join("▁▂▃▄▅▆▇█"[min(int(8 * mean), 7)] for mean in returns_of(played).mean(0))
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[min(int(8 * mean), 7)] for mean in returns_of(played).mean(0))
 
 
 def table(played: dict[str, Played]) -> str:
@@ -87,7 +88,9 @@ def table(played: dict[str, Played]) -> str:
         r = returns_of(trials)
         cells = "".join(f"{r[:, b : b + size].mean():7.3f}" for b in blocks)
         loops = np.mean([episode.truncated for trial in trials for episode in trial[-size:]])
-        lines.append(f"{name:28}{sparkline(trials)}{cells}{(r.max(1) > 0).mean():7.0%}{loops:7.1%}")
+        lines.append(
+            f"{name:27} {sparkline(trials)}{cells}{(r.max(1) > 0).mean():7.0%}{loops:7.1%}"
+        )
     return "\n".join(lines)
 
 
@@ -97,7 +100,7 @@ def plot(path, title, returns):
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for player, r in returns.items():
-        (line,) = axes.plot(r.mean(0), label=player, color=COLOURS.get(player))  # or the next free
+        (line,) = axes.plot(r.mean(0), label=player, color=COLOURS.get(player))
         low, high = wilson(r.mean(0), len(r))
         axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15)
     axes.set(title=title, xlabel="episode in the same context", ylabel="mean return", ylim=(0, 1))
@@ -130,13 +133,12 @@ def report(folder, experiment, title, played):
         print("(for a picture: pip install matplotlib)")
 
 
-# ---- experiments
 def on_lakes(experiment, runs, folder, trials, seed):
     """Figures 3, 4 and 6, and section 4.6: runs on lakes that they never saw."""
     recipe = runs[0].recipe
     sides, min_hops = (recipe.sides, recipe.min_hops) if experiment != "larger" else ((6, 7), 4)
     lakes = test_lakes(trials, sides, min_hops)
-    names = [run.folder.name for run in runs] if experiment == "compare" else [TRANSFORMER]
+    names = [str(run.folder) for run in runs] if experiment == "compare" else [TRANSFORMER]
     played = {name: play(run, lakes, seed) for name, run in zip(names, runs)}
     if experiment == "exploration":
         played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS)
@@ -150,7 +152,7 @@ def changing(run, folder, trials, seed):
     lakes = test_lakes(2 * trials, run.recipe.sides, run.recipe.min_hops)
     before, after = lakes[:trials], lakes[trials:]
     first = play(run, before, seed)
-    second = play(run, after, seed, first=30, given=first)  # it remembers its transcript alone
+    second = play(run, after, seed, first=30, given=first)  # all that it remembers
     played = {TRANSFORMER: [one + other for one, other in zip(first, second)]}
     played |= by_references(run, seed, before, after)
     report(folder, "changing", f"{trials} lakes that change after episode 29", played)

@@ -38,11 +38,11 @@ class Lake:
             raise ValueError(f"{self.rows} is no lake: that takes {needed}.")
 
     @property
-    def height(self) -> int:
+    def height(self):
         return len(self.rows)
 
     @property
-    def width(self) -> int:
+    def width(self):
         return len(self.rows[0])
 
     @cached_property
@@ -56,7 +56,7 @@ class Lake:
         return zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
 
 
-def grid_moves(height, width) -> np.ndarray:
+def grid_moves(height, width):
     """Where each action leads on a grid with walls around it: tiles (height * width, A)."""
     row, column = np.divmod(np.arange(height * width)[:, None], width)  # (tiles, 1)
     down, right = np.transpose(DIRECTIONS)  # (A,)
@@ -109,7 +109,7 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
     raise ValueError(f"There are too few {asked}: ask for fewer hops, or for more tiles.")
 
 
-def window(lake, rng, side=7) -> np.ndarray:
+def window(lake, rng, side=7):
     """Tile numbers (tiles,) as if the lake were a part of a map of up to `side` tiles a side.
 
     So a network meets the numbers of larger lakes than it is trained on.
@@ -141,18 +141,18 @@ class FrozenLake:
         for i, (lake, number) in enumerate(zip(lakes, numbers)):
             self.tiles[i, number] = lake.tiles
             self.moves[i, number] = number[grid_moves(lake.height, lake.width)]
-        self.goal = self.tiles == "G"
+        self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
         self.end = self.goal | (self.tiles == "H")
         self.moves = np.where(self.end[..., None], np.arange(size)[:, None], self.moves)
         self.state, self.steps = np.zeros((2, len(lakes)), int)
         self.reset(np.ones(len(lakes), bool))
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.lake)
 
     def reset(self, rows):
         """Begin an episode at a uniformly drawn start in some rows, bool (N,); all states (N,)."""
-        starts = self.tiles[rows] == "S"  # (rows, S)
+        starts = self.start[rows]  # (rows, S)
         pick = (self.rng.random(len(starts)) * starts.sum(1)).astype(int)
         self.state = self.state.copy()  # the caller may hold the one that `step` returned
         self.state[rows] = (starts.cumsum(1) == 1 + pick[:, None]).argmax(1)  # the pick-th start
@@ -319,7 +319,7 @@ if __name__ == "__main__":
         "tabular Q-learning": TabularQ(env, rng, greedy=lambda episode: episode / 30),
         "systematic explorer": Explorer(env, rng),
     }
-    print("Returns of 30 episodes on one lake\n")
+    print("Returns of 30 episodes\n")
     for name, player in players.items():
         (played,) = roll_out(env, player, 30)
         print(f"{name:20}" + "".join(f" {episode.total:.0f}" for episode in played))

@@ -18,7 +18,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -104,25 +104,24 @@ class Encoder:
         if tokenizer.encode("".join(whole), add_special_tokens=False).ids != self.tokens(whole):
             raise ValueError("The tokenizer joins pieces of a transcript: take another model.")
 
-    def opening(self, tile: int) -> list[str]:
+    def opening(self, tile) -> list[str]:
         return [self.template.begin, self.tiles[tile], self.template.prompt]
 
-    def step(self, action: int, tile: int, reward, cut, over) -> list[str]:
+    def step(self, action, tile, reward, cut, over) -> list[str]:
         """What is written of a step, up to the next prompt or the episode's end."""
         rewarded = [self.template.reward] if reward > 0 else []
         limited = [self.template.cut] if cut else []
         last = self.template.end if over else self.template.prompt
         return [self.actions[action], self.tiles[tile], *rewarded, *limited, last]
 
-    def write(self, episode: Episode) -> list[str]:
-        """A whole episode."""
+    def write(self, episode) -> list[str]:
         pieces, last = self.opening(episode.observations[0]), len(episode.actions) - 1
         for i, action in enumerate(episode.actions):
             tile, reward = episode.observations[i + 1], episode.rewards[i]
             pieces += self.step(action, tile, reward, i == last and episode.truncated, i == last)
         return pieces
 
-    def tokens(self, pieces: Iterable[str]) -> list[int]:
+    def tokens(self, pieces):
         return [token for piece in pieces for token in self.ids[piece]]
 
 
@@ -147,7 +146,7 @@ class Batch(NamedTuple):
 QUALITY = {"high": 5.0, "mid": 1.0, "low": 0.2}  # weights of a success, where a failure has 1
 
 
-def draw_set(episodes: Sequence[Episode], rng, quality="mid") -> list[Episode]:
+def draw_set(episodes: list[Episode], rng, quality="mid") -> list[Episode]:
     """20 to 40 episodes of one lake, weighted as in figure 6, in random order."""
     weights = np.array([QUALITY[quality] if e.total > 0 else 1.0 for e in episodes])
     size = min(rng.integers(20, 41), len(episodes))
@@ -181,8 +180,7 @@ def encode_slice(encoder: Encoder, sets: Iterator[list], length: int, gamma: flo
     return Batch(*map(torch.tensor, columns))
 
 
-def collate(slices: Sequence[Batch]) -> Batch:
-    """Stack slices."""
+def collate(slices: list[Batch]) -> Batch:
     return Batch(*(pad_sequence(column, batch_first=True) for column in zip(*slices)))
 
 
@@ -190,13 +188,13 @@ def collate(slices: Sequence[Batch]) -> Batch:
 class QNetwork(nn.Module):
     """Q_theta(tau, a): a Llama, perhaps with IA3; of its logits those of the action words count."""
 
-    def __init__(self, llama: Llama, action_tokens: Sequence[int], adapter: IA3 | None = None):
+    def __init__(self, llama: Llama, action_tokens: list[int], adapter=None):
         super().__init__()
         self.llama, self.adapter = llama, adapter
         self.action_tokens = torch.tensor(action_tokens, device=llama.vocabulary.device)  # (A,)
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
 
-    def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, cache=None) -> Tensor:
         """Q-values (B, N, A), float32, at the positions (B, N) of tokens (B, T)."""
         hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
         read = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, N, D)
@@ -247,7 +245,10 @@ KEPT = 0.75  # of a full context when its oldest episodes are forgotten
 
 
 def model_probability(episode: np.ndarray) -> np.ndarray:
-    """The chance that the player and not a coin chooses: 0, 0, 0.1, 0.1, ... 0.9, then 1 (4.2)."""
+    """The chance that the player and not a coin chooses: 0, 0, 0.1, 0.1, ... 0.9, then 1 (4.2).
+
+    The paper forces the coin, lest a player that maximises Q never finds a goal.
+    """
     return np.minimum(episode // 2 / 10, 1.0)
 
 
@@ -271,8 +272,7 @@ class InContext:
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = np.arange(len(env))  # (rows,) the trial of each row of the cache
-        config, like = run.network.llama.config, run.network.llama.vocabulary
-        self.cache = KVCache(config, len(env), self.context + CHUNK, like.dtype, like.device)
+        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)
 
     @torch.inference_mode()
     def act(self, state, episode):
@@ -337,10 +337,10 @@ def check_context(encoder, context: int, max_steps: int):
 def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability):
     """One trial a lake, as InContext and roll_out say; the episodes, [trial][episode]."""
     rng, played, side_by_side = np.random.default_rng(seed), [], len(lakes)
-    like = run.network.llama.vocabulary
-    if like.is_cuda:  # as many as its memory holds
-        one = KVCache(run.network.llama.config, 1, run.recipe.tokens + CHUNK, like.dtype, "meta")
-        free, _ = torch.cuda.mem_get_info(like.device)
+    llama = run.network.llama
+    if llama.vocabulary.is_cuda:  # as many as its memory holds
+        one = KVCache(llama, 1, run.recipe.tokens + CHUNK, device="meta")
+        free, _ = torch.cuda.mem_get_info(llama.vocabulary.device)
         each = 3 * one.keys.nbytes  # keys, values, and a copy of half of the rows
         side_by_side = max(1, int(0.8 * free / each))
     for start in range(0, len(lakes), side_by_side):
@@ -375,9 +375,7 @@ class Recipe:
     lakes: int = setting(256, "lakes in a collection", 1)
     episodes: int = setting(100, "episodes of Q-learning on each lake", 1)
     collection_steps: int = setting(128, "steps before the next collection", 1)
-    late_from: float = setting(
-        0.6, "share of the training after which own trials and windows begin", 0, 1
-    )
+    late_from: float = setting(0.6, "share of the training before own trials and windows", 0, 1)
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
     windows: float = setting(0.0, "share of late lakes numbered as parts of 7 x 7 maps", 0, 1)
     quality: str = setting("mid", "episodes that are likelier to be drawn", choices=list(QUALITY))
@@ -387,9 +385,7 @@ class Recipe:
     tokens: int = setting(512, "tokens in a slice, and in a context at play", 1)
     batch: int = setting(4, "slices in a batch", 1)
     gamma: float = setting(0.9, "discount", 0, 1)
-    reward_scale: float = setting(
-        1.0, "factor of the rewards; 30 suits an official Llama's logits", 0
-    )
+    reward_scale: float = setting(1.0, "of the rewards; 30 suits an official Llama's logits", 0)
     alpha: float = setting(0.1, "share of theta in each Polyak step (equation 8)", 0, 1)
     learning_rate: float = setting(3e-3, "AdamW's", 0)
     muon_rate: float = setting(0.01, "Muon's, for the layers' matrices; 0: AdamW for all", 0)
@@ -472,7 +468,7 @@ def load_run(folder: str | Path, device="cpu") -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # in memory of its own: a file's is aligned otherwise, a resumed run could differ
+    else:  # copied, since kernels round a file's memory, aligned otherwise, in another way
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

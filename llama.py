@@ -5,7 +5,7 @@
 Section 3 of the paper (arXiv 2501.14176) takes Llama 3.1 8B Instruct as it is, and so does this
 file: its modules have the official names, and its arithmetic is transformers'. Two departures:
 `forward` stops at the hidden states, because Q-values are the logits of four action words out of
-128,256 tokens; and it takes IA3's vectors (ia3.py), so that two networks can share a base.
+128,256 tokens; and it takes IA3's vectors (ia3.py) as an argument.
 Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads,
 hd head size, I feed-forward.
 """
@@ -110,11 +110,12 @@ class KVCache:
     it, and the next chunk overwrites it.
     """
 
-    def __init__(self, config, rows: int, slots: int, dtype=torch.float32, device=None):
+    def __init__(self, llama, rows: int, slots: int, device=None):
+        config, like = llama.config, llama.vocabulary
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, K, S, hd)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.keys = like.new_zeros(shape, device=device)  # (L, B, K, S, hd)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = like.new_zeros(rows, dtype=torch.long, device=device)  # (B,)
 
     def __getitem__(self, rows: slice | list[int]) -> "KVCache":
         """Some rows: a slice gives a view, to be fed in their place, and a list gives a copy."""
@@ -123,7 +124,7 @@ class KVCache:
         part.lengths = self.lengths[rows]
         return part
 
-    def append(self, layer: int, positions, keys, values, used: int):
+    def append(self, layer, positions, keys, values, used: int):
         """Store (B, K, T, hd) at positions (B, T); returns the first `used` slots (B, K, S, hd)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
 
-    def forward(self, x, layer: int, places, adapter, cache):
+    def forward(self, x, layer, places, adapter, cache):
         positions, cos, sin, mask = places
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * hd)
         if adapter is not None:  # before RoPE, as in PEFT
@@ -181,7 +182,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, inner, bias=False)
         self.down_proj = nn.Linear(inner, D, bias=False)
 
-    def forward(self, x, layer: int, adapter):
+    def forward(self, x, layer, adapter):
         x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, I)
         if adapter is not None:
             x = (x * adapter.feed_forward[layer]).to(x.dtype)
@@ -198,7 +199,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer: int, places, adapter, cache):
+    def forward(self, x, layer, places, adapter, cache):
         x = x + self.self_attn(self.input_layernorm(x), layer, places, adapter, cache)
         return x + self.mlp(self.post_attention_layernorm(x), layer, adapter)
 
@@ -223,7 +224,7 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, adapter=None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, adapter=None, cache=None) -> Tensor:
         """Hidden states (B, T, D) of tokens (B, T) int64, which continue what the cache holds.
 
         An adapter has `key`, `value` (L, K*hd) and `feed_forward` (L, I), as ia3.IA3 does.
@@ -301,7 +302,7 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
         for name, tensor in load_tensors(path, device).items():
             tensors[name] = tensor.to(dtype or tensor.dtype)
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some files repeat it
+        tensors.pop("lm_head.weight", None)
     expected = {n: str(list(t.shape)) for n, t in llama.state_dict().items()}
     found = {n: str(list(t.shape)) for n, t in tensors.items() if not n.endswith("inv_freq")}
     if different := expected.items() ^ found.items():
@@ -312,12 +313,15 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
     return llama
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @torch.inference_mode()
 def complete(source: str, prompt: str, count: int = 40) -> str:
     """The prompt and the `count` likeliest tokens after it, one by one."""
     tokenizer, llama = load_tokenizer(load_config(source)[1]), load_llama(source, device=DEVICE)
     text = tokenizer.encode(prompt).ids
-    cache = KVCache(llama.config, 1, len(text) + count, llama.vocabulary.dtype, DEVICE)
+    cache = KVCache(llama, 1, len(text) + count)
     chunk = torch.tensor([text], device=DEVICE)  # (1, T), and (1, 1) from then on
     for _ in range(count):
         hidden = llama(chunk, cache=cache)[:, -1]  # (1, D)
@@ -325,9 +329,6 @@ def complete(source: str, prompt: str, count: int = 40) -> str:
         chunk = (hidden @ llama.vocabulary.T).argmax(-1, keepdim=True)  # (1, 1)
         text.append(chunk.item())
     return tokenizer.decode(text)
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Train a transformer to reinforcement-learn in its context, and show that it does.
+"""Train a transformer to reinforcement-learn in its context.
 
     python train.py                          a small Llama from random weights, on a laptop
     python train.py --model meta-llama/Llama-3.1-8B-Instruct    the paper, on one GPU
@@ -37,7 +37,7 @@ from icrl import polyak_update, read_recipe, replacing, save, save_network, td_l
 from llama import DEVICE, Llama, LlamaConfig, device, exit_in_one_sentence, load_config, load_llama
 from llama import load_tensors, load_tokenizer
 
-# of this process, and how many there are: see "several GPUs"
+# the number of this process, and of all: see "several GPUs"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ADAMW = {"learning_rate": 1e-2, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
 PAPER = Recipe(
@@ -143,7 +143,7 @@ def kept_bytes(config, tokens: int, dtype) -> int:
 
 # ---- the training
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (and constants, Jordan et al. 2024), but for its bfloat16: CPUs are slow."""
+    """torch.optim.Muon (Jordan et al. 2024), but in float32: most CPUs are slow at its bfloat16."""
 
     @torch.no_grad()
     def step(self):
@@ -199,8 +199,8 @@ def train(run, args):
     kept = kept_bytes(llama.config, at_once * recipe.tokens, llama.vocabulary.dtype)
     llama.checkpointing = kept > free
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
+    # own trials are played by the weights at a collection's start: a resumed run must begin there
     save_every = recipe.collection_steps if recipe.own else 50
-    # (own trials are played by the weights at a collection's start: a resumed run must begin there)
     step = load_state(run.folder, online, delayed, optimizers)
     first, skip = divmod(step, recipe.collection_steps)
     stream = (batch for number in count(first) for batch in collect(run, number))

@@ -37,7 +37,7 @@ def row(name: str) -> list[str]:
     config = LlamaConfig(*shape, tie_word_embeddings=tied)
     with torch.device("meta"):
         llama, adapter = Llama(config).to(DTYPE), IA3(config)
-        cache = KVCache(config, 1, tokens, DTYPE, "meta")
+        cache = KVCache(llama, 1, tokens)
     trained = sum(p.numel() for p in adapter.parameters())
     weights = sum(p.nbytes for p in llama.parameters())
     matrices = sum(p.numel() for p in llama.model.layers.parameters() if p.ndim == 2)

@@ -139,7 +139,7 @@ def feed(cache: KVCache, texts: torch.Tensor, counts: list[int], adapter=None, p
 @example([[5, 1, 0], [0, 2, 4], [1, 1, 1], [3, 0, 5]], 2, True)
 def test_ragged_chunks_through_the_cache_equal_one_full_forward(chunks, padding, adapted):
     """Rows that advance at their own pace get the hidden states of a forward without a cache."""
-    adapter, cache = IA3(LLAMA.config) if adapted else None, KVCache(LLAMA.config, 3, slots=33)
+    adapter, cache = IA3(LLAMA.config) if adapted else None, KVCache(LLAMA, 3, slots=33)
     for vectors in adapter.parameters() if adapted else ():
         torch.nn.init.uniform_(vectors.requires_grad_(False), 0.3, 1.7)
     pieces = [feed(cache, TOKENS, counts, adapter, padding) for counts in chunks]
@@ -152,7 +152,7 @@ def test_ragged_chunks_through_the_cache_equal_one_full_forward(chunks, padding,
 
 def test_rows_of_a_cache_are_views_or_copies_and_can_start_anew():
     """A list gives a copy, a slice a view; a row whose length is set to 0 begins another text."""
-    full, cache = LLAMA(TOKENS), KVCache(LLAMA.config, 3, slots=12)
+    full, cache = LLAMA(TOKENS), KVCache(LLAMA, 3, slots=12)
     feed(cache, TOKENS, [4, 2, 6])
     kept = cache[[2, 0]]
     feed(cache[1:2], TOKENS[1:2], [5])

@@ -66,7 +66,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert np.all((low >= 0) & (low <= mean) & (mean <= high) & (high <= 1))
 
 
-INTERRUPT = """import os, runpy, sys, icrl
+INTERRUPT = """import os, runpy, signal as signals, sys, icrl
+signals.signal(2, signals.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 function, call, signal = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 owner, calls = os if function == "replace" else icrl, []
 def interrupted(*arguments, original=getattr(owner, function)):
