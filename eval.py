@@ -3,10 +3,14 @@
     python eval.py [RUN] unseen         figure 3: the return rises from episode to episode
     python eval.py [RUN] larger         figure 4: lakes of 6-7 tiles a side
     python eval.py [RUN] stitching      figure 5: two given paths cross, one of which wins
-    python eval.py RUN RUN ... compare  figures 3 and 6: several runs on the same lakes
     python eval.py [RUN] changing       figure 7: each lake is another one from episode 30 on
     python eval.py [RUN] exploration    section 4.6: with and without forced random actions
-    python eval.py [RUN] paths          figure 1: early, middle and late paths of one trial
+    python eval.py [RUN] harder         5 x 5 tiles, goals at least 7 hops away
+    python eval.py [RUN] shuffled       tile numbers and action words mean something else each time
+    python eval.py [RUN] graphs         no lakes at all: each action leads anywhere
+    python eval.py [RUN] slippery       a step may go to either side
+    python eval.py RUN RUN ... compare [shuffled ...]   figures 3 and 6: several runs side by side
+    python eval.py [RUN] beliefs [--gif]   figure 1: paths, and the best action on each tile
     python eval.py [RUN] --watch        one trial, step by step, with its Q-values
 
 Without RUN: the run that comes with the project. Section 4 of the paper; no weight changes.
@@ -21,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from frozen_lake import ACTIONS, Episode, Explorer, FrozenLake, Lake, RandomPlayer, TabularQ
-from frozen_lake import draw, grid_moves, hops, random_lakes, roll_out
+from frozen_lake import ACTIONS, DIRECTIONS, Episode, Explorer, FrozenLake, Lake, Planner
+from frozen_lake import RandomPlayer, TabularQ, draw, grid_moves, hops, random_graphs, random_lakes
+from frozen_lake import roll_out, worlds
 from icrl import SHIPPED, InContext, load_run, model_probability, play, replacing
 from llama import DEVICE, device, exit_in_one_sentence
 
@@ -32,9 +37,11 @@ REFERENCES = {
     "tabular Q-learning": lambda env, rng: TabularQ(env, rng, model_probability),
     "uniform random": RandomPlayer,
 }
+BEST = "best possible, knows the lake"
 TRANSFORMER, UNFORCED = "transformer in context", "transformer, nothing forced"
-OKABE_ITO = ("#0072B2", "#CC79A7", "#009E73", "#E69F00", "#7F7F7F")  # for colour-blind readers
-COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES), OKABE_ITO))
+OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()  # for colour-blind readers
+COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
+ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
 ALWAYS = np.ones_like  # the chance that the network chooses
 Played = list[list[Episode]]  # by trial and episode
 
@@ -46,12 +53,12 @@ def test_lakes(count, sides, min_hops) -> list[Lake]:
     return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops, test=True)
 
 
-def by_references(run, seed, *stages: list[Lake], episodes=30) -> dict[str, Played]:
+def by_references(run, seed, *stages: list[Lake], episodes=30, **shares) -> dict[str, Played]:
     """What players without a network do on lakes, or on one after the other, by name."""
-    played = {}
-    for name, make in REFERENCES.items():
+    played, best = {}, {BEST: Planner} if shares.get("slippery") else {}
+    for name, make in (REFERENCES | best).items():
         rng = np.random.default_rng(seed)
-        envs = [FrozenLake(lakes, rng, run.recipe.max_steps) for lakes in stages]
+        envs = [worlds(lakes, rng, run.recipe.max_steps, **shares) for lakes in stages]
         player = make(max(envs, key=lambda env: env.moves.size), rng)  # room for all tiles
         turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
         played[name] = [list(chain(*trial)) for trial in zip(*turns)]
@@ -134,17 +141,26 @@ def report(folder, experiment, title, played):
 
 
 def on_lakes(experiment, runs, folder, trials, seed):
-    """Figures 3, 4 and 6, and section 4.6: runs on lakes that they never saw."""
-    recipe = runs[0].recipe
-    sides, min_hops = (recipe.sides, recipe.min_hops) if experiment != "larger" else ((6, 7), 4)
-    lakes = test_lakes(trials, sides, min_hops)
-    names = [str(run.folder) for run in runs] if experiment == "compare" else [TRANSFORMER]
-    played = {name: play(run, lakes, seed) for name, run in zip(names, runs)}
-    if experiment == "exploration":
-        played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS)
-    played |= by_references(runs[0], seed, lakes)
-    kind = f"{sides[0]}-{sides[1]} tiles a side, goals at least {min_hops} hops away"
-    report(folder, experiment, f"{trials} unseen lakes ({kind})", played)
+    """Figures 3, 4 and 6, section 4.6, and other worlds; several runs side by side."""
+    recipe, shares = runs[0].recipe, {}
+    where = {"larger": ((6, 7), 4), "harder": ((5, 5), 7)}
+    (low, high), min_hops = where.get(experiment, (recipe.sides, recipe.min_hops))
+    title = f"{experiment}: {trials} lakes, {low}-{high} tiles a side, goals {min_hops}+ hops away"
+    if experiment == "graphs":
+        lakes = random_graphs(trials, np.random.default_rng(TEST_SEED))
+        title = f"{trials} worlds where each action of each tile leads anywhere"
+    else:
+        lakes = test_lakes(trials, (low, high), min_hops)
+    if experiment in ("shuffled", "slippery"):
+        shares = {experiment: 1.0}
+    if len(runs) > 1:
+        played = {str(run.folder): play(run, lakes, seed, **shares) for run in runs}
+    else:
+        played = {TRANSFORMER: play(runs[0], lakes, seed, **shares)}
+        if experiment != "unseen":
+            played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **shares)
+    played |= by_references(runs[0], seed, lakes, **shares)
+    report(folder, experiment, title, played)
 
 
 def changing(run, folder, trials, seed):
@@ -245,24 +261,55 @@ def watch(run, lake, seed):
         del lines[: len(episode.actions)]
         print(f"{draw(lake, episode.observations)}\nreturn {episode.total:.0f}")
     print("\nreturns: " + " ".join(f"{episode.total:.0f}" for episode in episodes))
-    return episodes
 
 
-def draw_paths(path, lake, episodes):
-    """Figure 1: an early, a middle and the last episode of one trial."""
+def draw_beliefs(axes, run, env, lake, episodes, number):
+    """An episode's path, and on each tile what the network would do there, coloured by its Q-value.
+
+    Each tile has a row of the cache, with the episodes before, as if the next one began there.
+    """
+    past, tiles = episodes[:number], env.numbers[0]
+    rows = FrozenLake([lake] * len(tiles), env.rng, env.max_steps)
+    player = InContext(run, rows, env.rng, given=[past] * len(tiles))
+    player.act(tiles, episode=number)
+    best, value = player.q.argmax(1), player.q.max(1)  # (tiles,)
+    down, right = np.transpose(DIRECTIONS)[:, env.words[0, best]]
+    row, column = np.divmod(np.arange(len(tiles)), lake.width)
+    axes.clear()
+    axes.imshow([["HFSG".index(letter) for letter in letters] for letters in lake.rows], "Blues_r")
+    for where in zip(column - 0.42, row - 0.25, lake.tiles):
+        axes.text(*where)
+    onward = ~np.isin(lake.tiles, ["H", "G"])
+    arrows = (x[onward] for x in (column, row, right, -down, value))
+    axes.quiver(*arrows, pivot="mid", scale=2 * lake.width, cmap="plasma", clim=(0, 1))
+    place = dict(zip(tiles, zip(column, row)))
+    path = np.array([place[tile] for tile in episodes[number].observations])
+    shift = np.linspace(-0.15, 0.15, len(path))[:, None]  # a way back must stay visible
+    axes.plot(*(path + shift).T, ".-", color="#009E73")
+    axes.set(title=f"episode {number}: {len(path) - 1} steps", xticks=[], yticks=[])
+
+
+def beliefs(run, path, lake, seed):
+    """Figure 1, and why: six episodes of a trial where nothing is forced; as a .gif all of them."""
+    from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 2.6 * lake.height / lake.width + 0.5), layout="constrained")
-    for axes, number in zip(figure.subplots(1, 3), (0, 10, 29)):
-        row, column = np.divmod(episodes[number].observations, lake.width)
-        axes.imshow([["HFSG".index(letter) for letter in row] for row in lake.rows], cmap="Blues_r")
-        for tile, letter in enumerate(lake.tiles):
-            axes.text(tile % lake.width - 0.4, tile // lake.width - 0.25, letter)
-        shift = np.linspace(-0.15, 0.15, len(row))  # a way back must stay visible
-        axes.plot(column + shift, row + shift, ".-", color="#D55E00")
-        axes.set(title=f"episode {number}: {len(row) - 1} steps", xticks=[], yticks=[])
+    rng = np.random.default_rng(seed)
+    env = worlds([lake], rng, run.recipe.max_steps, float(run.recipe.shuffled > 0))
+    (episodes,) = roll_out(env, InContext(run, env, rng, ALWAYS), 30)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(path, figure)
+    if path.suffix == ".png":
+        figure = Figure(figsize=(9, 6.2 * lake.height / lake.width + 0.5), layout="constrained")
+        for axes, number in zip(figure.subplots(2, 3).flat, (0, 1, 2, 5, 10, 29)):
+            draw_beliefs(axes, run, env, lake, episodes, number)
+        return save_picture(path, figure)
+    figure, film = Figure(figsize=(4, 4), layout="constrained"), PillowWriter(fps=2)
+    axes = figure.subplots()
+    with replacing(path) as temporary, film.saving(figure, temporary, dpi=70):
+        for number in range(len(episodes)):
+            draw_beliefs(axes, run, env, lake, episodes, number)
+            film.grab_frame()
+    print(f"Written: {path}")
 
 
 def main(arguments=None):
@@ -270,6 +317,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="*", metavar="RUN | EXPERIMENT", help="see above")
     parser.add_argument("--watch", action="store_true", help="show one trial step by step")
+    parser.add_argument("--gif", action="store_true", help="beliefs: a whole trial as a film")
     parser.add_argument("--lake", type=int, default=0, help="the test lake to watch or draw")
     parser.add_argument("--trials", type=int, default=200, help="test lakes to play")
     parser.add_argument("--device", type=device, default=DEVICE)
@@ -277,18 +325,22 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, help="folder of the results (default: in the run's)")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
-    names = ("unseen", "larger", "compare", "exploration", "paths", *alone)
-    experiment, *more = [word for word in args.what if word in names] or ["unseen"]
+    names = (*ON_LAKES, *alone, "beliefs", "compare")
+    words = [word for word in args.what if word in names]
+    comparing = "compare" in words
+    experiment, *more = [word for word in words if word != "compare"] or ["unseen"]
     folders = [Path(word) for word in args.what if word not in names] or [SHIPPED]
-    if more or (len(folders) > 1 and experiment != "compare"):
+    if more or (comparing and experiment not in ON_LAKES) or (len(folders) > 1) > comparing:
         raise ValueError(f"One experiment on one run at a time (compare takes more): {args.what}.")
     run, *others = [load_run(folder, args.device) for folder in folders]
-    out = args.out or (SHIPPED.parent if folders == [SHIPPED] else run.folder) / experiment
-    if args.watch or experiment == "paths":
+    name = f"compare-{experiment}" if comparing else experiment
+    out = args.out or (SHIPPED.parent if folders == [SHIPPED] else run.folder) / name
+    if args.watch or experiment == "beliefs":
         lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
-        episodes = watch(run, lake, args.seed)
-        if experiment == "paths":
-            draw_paths(out / "paths.png", lake, episodes)
+        if args.watch:
+            watch(run, lake, args.seed)
+        else:
+            beliefs(run, out / f"beliefs.{'gif' if args.gif else 'png'}", lake, args.seed)
     elif experiment in alone:
         alone[experiment](run, out, args.trials, args.seed)
     else:

@@ -30,6 +30,7 @@ class Lake:
     """A map: `rows` of equal length over S (start), F (frozen), H (hole), G (goal)."""
 
     rows: tuple[str, ...]
+    links: tuple = ()  # where each action leads from each tile, (tiles, A), if this is no grid
 
     def __post_init__(self):
         letters = set("".join(self.rows))
@@ -49,6 +50,11 @@ class Lake:
     def tiles(self) -> np.ndarray:
         """Letters, (height * width,): tile = row * width + column."""
         return np.array(list("".join(self.rows)))
+
+    @cached_property
+    def moves(self) -> np.ndarray:
+        """Tiles that the four directions lead to, (tiles, A)."""
+        return np.array(self.links or grid_moves(self.height, self.width))
 
     @cached_property
     def is_test(self) -> bool:
@@ -94,19 +100,43 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
     for _ in range(1000):
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
-            shape = (16384 // high**2, height * width)  # equally many maps of each size
-            start, goal, hole = (rng.random(shape) < chance for chance in (0.1, 0.1, 0.2))
-            tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
-            moves = np.where((tiles == "H")[..., None], -1, grid_moves(height, width))
-            distance = hops(moves, np.where(tiles == "G", 0.0, np.inf))
-            far = (distance >= min_hops) & (distance < np.inf)
-            kept = start.any(1) & (far | ~start).all(1)
+            count_of_size = 16384 // high**2  # equally many maps of each size
+            moves = np.tile(grid_moves(height, width), (count_of_size, 1, 1))
+            tiles, kept = random_tiles(moves, min_hops, rng)
             maps = tiles[kept].reshape(-1, height, width)
             found += [Lake(tuple(map("".join, rows))) for rows in maps]
         lakes += [found[i] for i in rng.permutation(len(found)) if found[i].is_test == test]
         if len(lakes) >= count:
             return lakes[:count]
     raise ValueError(f"There are too few {asked}: ask for fewer hops, or for more tiles.")
+
+
+def random_tiles(moves, min_hops, rng):
+    """Letters (N, tiles) by the notebook's rules for moves (N, tiles, A), and whether to keep them.
+
+    The others, bool (N,), lack a start, or a goal as far away as it should be.
+    """
+    start, goal, hole = (rng.random(moves.shape[:2]) < chance for chance in (0.1, 0.1, 0.2))
+    tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
+    moves = np.where((tiles == "H")[..., None], -1, moves)
+    distance = hops(moves, np.where(tiles == "G", 0.0, np.inf))
+    far = (distance >= min_hops) & (distance < np.inf)
+    return tiles, start.any(1) & (far | ~start).all(1)
+
+
+def random_graphs(count: int, rng) -> list[Lake]:
+    """No grids: each action of each of 9 to 25 tiles leads to a tile drawn at random.
+
+    The letters follow the notebook's rules, every goal is at least 3 steps away.
+    """
+    graphs = []
+    while len(graphs) < count:
+        size = rng.integers(9, 26)
+        links = rng.integers(size, size=(100, size, len(ACTIONS)))
+        tiles, kept = random_tiles(links, 3, rng)
+        for i in np.flatnonzero(kept)[:1]:  # equally many of each size
+            graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
+    return graphs
 
 
 def window(lake, rng, side=7):
@@ -126,21 +156,24 @@ class FrozenLake:
     """N lakes stepped at once, as gymnasium's FrozenLake-v1; row i of every array is lake i.
 
     An action off the edge stays in place; entering a goal pays 1; holes and goals end the episode;
-    after `max_steps` it is truncated. A lake may have `numbers` (tiles,) of its own for its tiles
-    (see `window`); all or some may be `slippery`: a move then goes as asked or to either side, with
-    probability 1/3 each.
+    after `max_steps` it is truncated. Each lake may have its own `numbers` (tiles,) for its tiles
+    and `words` (A,), the direction of each action word; all or some may be `slippery`: a move then
+    goes as asked or to either side, with probability 1/3 each.
     """
 
-    def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=None, slippery=False):
+    def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=None, words=None, slippery=False):
         numbers = numbers or [np.arange(lake.tiles.size) for lake in lakes]
         size = 1 + max(number.max() for number in numbers)  # S
         self.rng, self.max_steps, self.lake = rng, max_steps, np.arange(len(lakes))
+        self.numbers = numbers
+        directions = range(len(ACTIONS)) if words is None else words
+        self.words = np.broadcast_to(directions, (len(lakes), len(ACTIONS)))
         self.slippery = np.broadcast_to(slippery, len(lakes))
         self.tiles = np.full((len(lakes), size), "")  # (N, S), "" where no tile has the number
         self.moves = np.zeros((len(lakes), size, len(ACTIONS)), int)  # (N, S, A)
         for i, (lake, number) in enumerate(zip(lakes, numbers)):
             self.tiles[i, number] = lake.tiles
-            self.moves[i, number] = number[grid_moves(lake.height, lake.width)]
+            self.moves[i, number] = number[lake.moves]
         self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
         self.end = self.goal | (self.tiles == "H")
         self.moves = np.where(self.end[..., None], np.arange(size)[:, None], self.moves)
@@ -161,16 +194,36 @@ class FrozenLake:
 
     def step(self, actions):
         """Take actions (N,); states, rewards float32, terminated bool, truncated bool, all (N,)."""
+        before, direction = self.state, self.words[self.lake, actions]
         if self.slippery.any():
             sideways = self.rng.integers(-1, 2, len(self))
-            actions = (actions + sideways * self.slippery) % len(ACTIONS)
-        before = self.state
-        self.state = self.moves[self.lake, before, actions]
+            direction = (direction + sideways * self.slippery) % len(ACTIONS)
+        self.state = self.moves[self.lake, before, direction]
         self.steps += 1
         rewards = self.goal[self.lake, self.state] & (self.state != before)  # paid on entering
         terminated = self.end[self.lake, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
         return self.state, rewards.astype(np.float32), terminated, truncated
+
+
+def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
+    """The environment of the lakes, shares of which are other than they seem.
+
+    `shuffled`: random tile numbers out of 0 to 48, and action words in random directions;
+    `windows`, of the others: numbered as parts of larger maps; `slippery`: on slippery ice.
+    """
+    numbers, words = [], []
+    for lake in lakes:
+        size = lake.tiles.size
+        number, word = np.arange(size), np.arange(len(ACTIONS))
+        if rng.random() < shuffled:
+            number, word = rng.permutation(max(49, size))[:size], rng.permutation(word)
+        elif rng.random() < windows:
+            number = window(lake, rng)
+        numbers.append(number)
+        words.append(word)
+    slips = rng.random(len(lakes)) < slippery
+    return FrozenLake(lakes, rng, max_steps, numbers, words, slips)
 
 
 # One step on N lakes, each field (N,); not `playing` are lakes where all episodes were played.
@@ -265,6 +318,27 @@ class TabularQ:
         taken = (self.lake, step.state, step.action)
         error = step.reward + self.gamma * value - self.q[taken]
         self.q[taken] += np.where(step.playing, self.rate * error, 0)
+
+
+class Planner:
+    """The best possible player: it knows the lake, and iterates values over the steps left."""
+
+    def __init__(self, env, rng):
+        self.env, self.best = env, []  # (N, S) words, by the number of steps that are left less one
+        lake, value = env.lake[:, None, None], np.zeros(env.tiles.shape)  # (N, S)
+        for _ in range(env.max_steps):
+            worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))[lake, env.moves]
+            sideways = (np.roll(worth, 1, axis=-1) + worth + np.roll(worth, -1, axis=-1)) / 3
+            q = np.where(env.slippery[:, None, None], sideways, worth)  # (N, S, A) by direction
+            self.best.append(q[lake, np.arange(q.shape[1])[:, None], env.words[:, None]].argmax(-1))
+            value = q.max(-1)
+
+    def act(self, state, episode):
+        left = self.env.max_steps - self.env.steps
+        return np.array(self.best)[left - 1, self.env.lake, state]
+
+    def learn(self, step):
+        pass
 
 
 class Explorer:

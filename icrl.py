@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from frozen_lake import ACTIONS, MAX_STEPS, MAX_TILES, Episode, FrozenLake, RandomPlayer
-from frozen_lake import draw, random_lakes, roll_out
+from frozen_lake import draw, random_lakes, roll_out, worlds
 from ia3 import IA3, PEFT_CONFIG
 from llama import KVCache, Llama, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer
 from llama import reading
@@ -191,7 +191,8 @@ class QNetwork(nn.Module):
     def __init__(self, llama: Llama, action_tokens: list[int], adapter=None):
         super().__init__()
         self.llama, self.adapter = llama, adapter
-        self.action_tokens = torch.tensor(action_tokens, device=llama.vocabulary.device)  # (A,)
+        ids = torch.tensor(action_tokens, device=llama.vocabulary.device)  # (A,)
+        self.register_buffer("action_tokens", ids, persistent=False)  # moves with the weights
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
 
     def forward(self, tokens: Tensor, positions: Tensor, cache=None) -> Tensor:
@@ -263,7 +264,7 @@ class InContext:
 
     def __init__(self, run, env, rng, probability=model_probability, given=None):
         self.network, self.encoder = run.network, run.encoder
-        self.rng, self.probability, self.context = rng, probability, run.recipe.tokens
+        self.rng, self.probability, self.context = rng, probability, run.recipe.context
         check_context(run.encoder, self.context, env.max_steps)
         self.written = []  # tokens by trial and episode
         for episodes in given or [[]] * len(env):
@@ -334,18 +335,18 @@ def check_context(encoder, context: int, max_steps: int):
         raise ValueError(f"{few}: ask for {needed} --tokens, or for fewer --max-steps.")
 
 
-def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability):
-    """One trial a lake, as InContext and roll_out say; the episodes, [trial][episode]."""
+def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability, **kind):
+    """One trial a lake, as InContext, roll_out and `worlds` say; the episodes, [trial][episode]."""
     rng, played, side_by_side = np.random.default_rng(seed), [], len(lakes)
     llama = run.network.llama
     if llama.vocabulary.is_cuda:  # as many as its memory holds
-        one = KVCache(llama, 1, run.recipe.tokens + CHUNK, device="meta")
+        one = KVCache(llama, 1, run.recipe.context + CHUNK, device="meta")
         free, _ = torch.cuda.mem_get_info(llama.vocabulary.device)
         each = 3 * one.keys.nbytes  # keys, values, and a copy of half of the rows
         side_by_side = max(1, int(0.8 * free / each))
     for start in range(0, len(lakes), side_by_side):
         part = slice(start, start + side_by_side)
-        env = FrozenLake(lakes[part], rng, run.recipe.max_steps)
+        env = worlds(lakes[part], rng, run.recipe.max_steps, **kind)
         player = InContext(run, env, rng, probability, given and given[part])
         played += roll_out(env, player, episodes, first=first)
     return played
@@ -377,12 +378,16 @@ class Recipe:
     collection_steps: int = setting(128, "steps before the next collection", 1)
     late_from: float = setting(0.6, "share of the training before own trials and windows", 0, 1)
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
-    windows: float = setting(0.0, "share of late lakes numbered as parts of 7 x 7 maps", 0, 1)
+    hard: float = setting(0.0, "share of late lakes of the largest size, goals far away", 0, 1)
+    shuffled: float = setting(0.0, "share of lakes with numbers and words of their own", 0, 1)
+    windows: float = setting(0.0, "share of other late lakes, parts of 7 x 7 maps", 0, 1)
+    slippery: float = setting(0.0, "share of lakes on slippery ice", 0, 1)
     quality: str = setting("mid", "episodes that are likelier to be drawn", choices=list(QUALITY))
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)
     # the optimisation
     steps: int = setting(8400, "optimizer steps", 1)
     tokens: int = setting(512, "tokens in a slice, and in a context at play", 1)
+    late_tokens: int = setting(0, "the same of late slices, fewer a batch; 0: no change", 0)
     batch: int = setting(4, "slices in a batch", 1)
     gamma: float = setting(0.9, "discount", 0, 1)
     reward_scale: float = setting(1.0, "of the rewards; 30 suits an official Llama's logits", 0)
@@ -393,6 +398,11 @@ class Recipe:
     decay_from: float = setting(0.2, "share of the training after which they fall", 0, 1)
     clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
     seed: int = setting(0, "of weights and data", 0)
+
+    @property
+    def context(self):
+        """Tokens that the network can look back on in the end, and at play."""
+        return self.late_tokens or self.tokens
 
     def __post_init__(self):
         for f in fields(self):
@@ -421,7 +431,7 @@ class Run(NamedTuple):
 @contextmanager
 def replacing(path: Path):
     """Write to the yielded name; if all goes well it becomes `path` in one step."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name("tmp." + path.name)
     try:
         yield temporary
         temporary.replace(path)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval import on_lakes, sparkline, test_lakes
-from frozen_lake import Episode, FrozenLake, TabularQ, random_lakes, roll_out, window
+from frozen_lake import Episode, TabularQ, random_lakes, roll_out, worlds
 from ia3 import IA3
 from icrl import Batch, Encoder, InContext, QNetwork, Recipe, Run, check_context, collate
 from icrl import compact_tokenizer, draw_set, encode_slice, load_run, model_probability, play
@@ -66,15 +66,15 @@ def collect(run, number: int) -> Iterator[Batch]:
     progress = number * recipe.collection_steps / recipe.steps
     late = progress >= recipe.late_from
 
-    # lakes, fewer and fewer of them easy
+    # lakes: at first easy ones, fewer and fewer; late hard ones
     share = 1 - progress / recipe.easy_until if progress < recipe.easy_until else 0
     easy = round(recipe.lakes * share)
     lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
-    lakes += random_lakes(recipe.lakes - easy, rng, recipe.sides, recipe.min_hops, test=False)
+    lakes += some_lakes(recipe, recipe.lakes - easy, rng, late)
     assert not any(lake.is_test for lake in lakes)
 
     # Q-learning's episodes on them: the first ones random, the others mostly greedy
-    env, at_random = numbered(recipe, lakes, rng, late), 0.3 * recipe.episodes
+    env, at_random = mixed(recipe, lakes, rng, late), 0.3 * recipe.episodes
     player = TabularQ(env, rng, lambda episode: np.where(episode < at_random, 0.0, 0.8))
     played = roll_out(env, player, recipe.episodes)
     own = cycle(own_trials(run, number)) if late and recipe.own else None
@@ -85,19 +85,24 @@ def collect(run, number: int) -> Iterator[Batch]:
                 by_network = own and rng.random() < recipe.own
                 yield next(own) if by_network else draw_set(played[lake], rng, recipe.quality)
 
-    stream, mine = sets(), range(recipe.batch // WORLD_SIZE)
+    stream, length = sets(), recipe.context if late else recipe.tokens
+    mine = range(max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE))
     for _ in range(recipe.collection_steps):
-        slices = [encode_slice(run.encoder, stream, recipe.tokens, recipe.gamma) for _ in mine]
+        slices = [encode_slice(run.encoder, stream, length, recipe.gamma) for _ in mine]
         yield collate(slices)
 
 
-def numbered(recipe, lakes, rng, late):
-    """The lakes' environment; late in training some are windows of larger maps."""
-    numbers = [np.arange(lake.tiles.size) for lake in lakes]
-    if late:
-        for i in np.flatnonzero(rng.random(len(lakes)) < recipe.windows):
-            numbers[i] = window(lakes[i], rng)
-    return FrozenLake(lakes, rng, recipe.max_steps, numbers)
+def some_lakes(recipe, count, rng, late):
+    """Lakes of the recipe; late some are as large as they get, their goals 3 hops farther away."""
+    hard = round(count * recipe.hard * late)
+    lakes = random_lakes(count - hard, rng, recipe.sides, recipe.min_hops, test=False)
+    return lakes + random_lakes(hard, rng, recipe.sides[1:] * 2, recipe.min_hops + 3, test=False)
+
+
+def mixed(recipe, lakes, rng, late):
+    """The lakes' environment, of the recipe's worlds."""
+    windows = recipe.windows if late else 0.0
+    return worlds(lakes, rng, recipe.max_steps, recipe.shuffled, windows, recipe.slippery)
 
 
 def own_trials(run, number: int) -> list[list[Episode]]:
@@ -107,14 +112,14 @@ def own_trials(run, number: int) -> list[list[Episode]]:
     mistakes are in no other player's data: only they teach it what loops and detours are worth.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
-    lakes = random_lakes(64, rng, recipe.sides, recipe.min_hops, test=False)
-    env = numbered(recipe, lakes, rng, late=True)
+    lakes = some_lakes(recipe, 64, rng, late=True)
+    env = mixed(recipe, lakes, rng, late=True)
 
     def probability(episode):
         return np.where(np.arange(len(lakes)) % 2, model_probability(episode), 1.0)
 
     a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
-    steps = 4 * recipe.tokens // (5 * a_step)  # the rest is for episodes' ends
+    steps = 4 * recipe.context // (5 * a_step)  # the rest is for episodes' ends
     return roll_out(env, InContext(run, env, rng, probability), episodes=steps, limit=steps)
 
 
@@ -341,12 +346,12 @@ def begin(recipe, folder, device) -> Run:
     tokenizer = compact_tokenizer()
     if recipe.model:
         config, source = load_config(recipe.model, recipe.revision)
-        if recipe.tokens > (most := config.max_position_embeddings):
+        if max(recipe.tokens, recipe.late_tokens) > (most := config.max_position_embeddings):
             raise ValueError(f"{recipe.model} knows contexts of {most} tokens: ask for no more.")
         tokenizer = load_tokenizer(source)
         recipe = replace(recipe, revision="" if Path(recipe.model).is_dir() else source.name)
     encoder = Encoder(tokenizer)
-    check_context(encoder, recipe.tokens, recipe.max_steps)
+    check_context(encoder, recipe.context, recipe.max_steps)
     test_lakes(1, recipe.sides, recipe.min_hops)  # raises if there are none
     if recipe.model:
         llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
