@@ -1,21 +1,22 @@
-"""Look at what was learned: play lakes that no training saw.
+"""Look at what was learned: play lakes that no training saw, with the weights as they are.
 
-    python eval.py [RUN] unseen         figure 3: the return rises from episode to episode
-    python eval.py [RUN] larger         figure 4: lakes of 6-7 tiles a side
-    python eval.py [RUN] stitching      figure 5: two given paths cross, one of which wins
-    python eval.py [RUN] changing       figure 7: each lake is another one from episode 30 on
-    python eval.py [RUN] exploration    section 4.6: with and without forced random actions
-    python eval.py [RUN] harder         5 x 5 tiles, goals at least 7 hops away
-    python eval.py [RUN] shuffled       tile numbers and action words mean something else each time
-    python eval.py [RUN] graphs         no lakes at all: each action leads anywhere
-    python eval.py [RUN] slippery       a step may go to either side
-    python eval.py RUN RUN ... compare [shuffled ...]   figures 3 and 6: several runs side by side
-    python eval.py [RUN] beliefs [--gif]   figure 1: paths, and the best action on each tile
-    python eval.py [RUN] --watch        one trial, step by step, with its Q-values
+    python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
+    python eval.py RUN RUN ... [EXPERIMENT]   figures 3 and 6: several runs on the same lakes
+    python eval.py [RUN] --watch              one trial, step by step, with its Q-values
 
-Without RUN: the run that comes with the project. Section 4 of the paper; no weight changes.
-Departures: 200 trials instead of 50, with 95 % confidence intervals and reference players
-(Q-learning is forced to explore too).
+    unseen        figure 3: the return rises from episode to episode
+    larger        figure 4: lakes of 6-7 tiles a side
+    stitching     figure 5: two given paths cross, one of which wins
+    changing      figure 7: each lake is another one from episode 30 on
+    exploration   section 4.6: no random action is ever forced
+    harder        5 x 5 tiles, goals 7 hops away or more
+    shuffled      tile numbers and action words that mean something else on each lake
+    graphs        no grid: any action leads anywhere
+    slippery      a step may go to either side
+    beliefs       figure 1 and more: paths, and the best action on each tile; --gif: as a film
+
+Departures from section 4 of the paper: 200 trials instead of 50, with 95 % confidence intervals
+and reference players (Q-learning is forced to explore too).
 """
 
 import argparse
@@ -26,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from frozen_lake import ACTIONS, DIRECTIONS, Episode, Explorer, FrozenLake, Lake, Planner
-from frozen_lake import RandomPlayer, TabularQ, draw, grid_moves, hops, random_graphs, random_lakes
-from frozen_lake import roll_out, worlds
+from frozen_lake import RandomPlayer, TabularQ, draw, hops, random_graphs, random_lakes, roll_out
+from frozen_lake import worlds
 from icrl import SHIPPED, InContext, load_run, model_probability, play, replacing
 from llama import DEVICE, device, exit_in_one_sentence
 
@@ -117,7 +118,7 @@ def plot(path, title, returns):
 
 def save_picture(path, figure):
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, dpi=150)
     print(f"Written: {path}")
 
 
@@ -141,26 +142,19 @@ def report(folder, experiment, title, played):
 
 
 def on_lakes(experiment, runs, folder, trials, seed):
-    """Figures 3, 4 and 6, section 4.6, and other worlds; several runs side by side."""
-    recipe, shares = runs[0].recipe, {}
+    """All players on the lakes of an experiment."""
+    recipe = runs[0].recipe
     where = {"larger": ((6, 7), 4), "harder": ((5, 5), 7)}
-    (low, high), min_hops = where.get(experiment, (recipe.sides, recipe.min_hops))
-    title = f"{experiment}: {trials} lakes, {low}-{high} tiles a side, goals {min_hops}+ hops away"
+    lakes = test_lakes(trials, *where.get(experiment, (recipe.sides, recipe.min_hops)))
     if experiment == "graphs":
         lakes = random_graphs(trials, np.random.default_rng(TEST_SEED))
-        title = f"{trials} worlds where each action of each tile leads anywhere"
-    else:
-        lakes = test_lakes(trials, (low, high), min_hops)
-    if experiment in ("shuffled", "slippery"):
-        shares = {experiment: 1.0}
-    if len(runs) > 1:
-        played = {str(run.folder): play(run, lakes, seed, **shares) for run in runs}
-    else:
-        played = {TRANSFORMER: play(runs[0], lakes, seed, **shares)}
-        if experiment != "unseen":
-            played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **shares)
+    shares = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
+    names = [str(run.folder) for run in runs] if len(runs) > 1 else [TRANSFORMER]
+    played = {name: play(run, lakes, seed, **shares) for name, run in zip(names, runs)}
+    if len(runs) == 1 and experiment != "unseen":
+        played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **shares)
     played |= by_references(runs[0], seed, lakes, **shares)
-    report(folder, experiment, title, played)
+    report(folder, experiment, f"{experiment}: {trials} worlds that no training saw", played)
 
 
 def changing(run, folder, trials, seed):
@@ -179,9 +173,9 @@ NOTEBOOK_LAKE = Lake(("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF"))
 
 def along(lake, start, actions):
     """The episode that these actions make from any tile."""
-    moves, tiles = grid_moves(lake.height, lake.width), [start]
+    tiles = [start]
     for action in actions:
-        tiles.append(int(moves[tiles[-1], action]))
+        tiles.append(int(lake.moves[tiles[-1], action]))
     rewards = (lake.tiles[tiles[1:]] == "G").astype(np.float32)
     return Episode(np.array(tiles), np.array(actions), rewards)
 
@@ -191,8 +185,7 @@ def crossing_paths(lake, rng):
 
     Neither begins on the other: whoever starts on the losing path has to change over.
     """
-    moves = grid_moves(lake.height, lake.width)
-    moves[np.isin(lake.tiles, ["H", "G"])] = -1
+    moves = np.where(np.isin(lake.tiles, ["H", "G"])[:, None], -1, lake.moves)
 
     def path(start, letter):
         """A random shortest way to a random tile of this letter, or None."""
@@ -228,14 +221,13 @@ def stitching(run, folder, trials, seed):
         if len(lakes) < trials + 5 and (pair := crossing_paths(lake, rng)):
             lakes.append(lake)
             given.append([pair[i] for i in rng.permutation(2)])
+    if len(lakes) == 5:
+        raise ValueError(f"No paths cross on {20 * trials} lakes of this run: play another one.")
     played = {TRANSFORMER: play(run, lakes, seed, 5, given=given, probability=ALWAYS)}
     played["without the given episodes"] = play(run, lakes, seed, 5, probability=ALWAYS)
     played |= by_references(run, seed, lakes, episodes=5)
-    print("solved at once, and within five episodes: the notebook's lake, generated lakes")
-    for name, games in played.items():
-        parts = np.split(returns_of(games), [5])
-        cells = (f"{r[:, 0].mean():12.0%}{(r.max(1) > 0).mean():8.0%}" for r in parts)
-        print(f"{name:28}" + "".join(cells))
+    notebook = {name: games[:5] for name, games in played.items()}
+    print(f"\nThe notebook's lake, five times\n\n{table(notebook)}")
     title = f"{len(lakes) - 5} lakes with two given episodes whose paths cross"
     report(folder, "stitching", title, {name: games[5:] for name, games in played.items()})
 
@@ -325,16 +317,13 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, help="folder of the results (default: in the run's)")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
-    names = (*ON_LAKES, *alone, "beliefs", "compare")
-    words = [word for word in args.what if word in names]
-    comparing = "compare" in words
-    experiment, *more = [word for word in words if word != "compare"] or ["unseen"]
-    folders = [Path(word) for word in args.what if word not in names] or [SHIPPED]
-    if more or (comparing and experiment not in ON_LAKES) or (len(folders) > 1) > comparing:
-        raise ValueError(f"One experiment on one run at a time (compare takes more): {args.what}.")
+    names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
+    experiment, *more = [word for word in what if word in names] or ["unseen"]
+    folders = [Path(word) for word in what if word not in names] or [SHIPPED]
+    if more or (len(folders) > 1 and experiment not in ON_LAKES):
+        raise ValueError(f"One experiment at a time, and most of them on one run: {args.what}.")
     run, *others = [load_run(folder, args.device) for folder in folders]
-    name = f"compare-{experiment}" if comparing else experiment
-    out = args.out or (SHIPPED.parent if folders == [SHIPPED] else run.folder) / name
+    out = args.out or (SHIPPED.parent if folders == [SHIPPED] else run.folder) / experiment
     if args.watch or experiment == "beliefs":
         lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
         if args.watch:

@@ -98,6 +98,8 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
         raise ValueError(f"There are no {asked}: take 2 to 10 tiles a side, and fewer hops.")
     lakes = []
     for _ in range(1000):
+        if len(lakes) >= count:
+            return lakes[:count]
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
             count_of_size = 16384 // high**2  # equally many maps of each size
@@ -106,16 +108,11 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
             maps = tiles[kept].reshape(-1, height, width)
             found += [Lake(tuple(map("".join, rows))) for rows in maps]
         lakes += [found[i] for i in rng.permutation(len(found)) if found[i].is_test == test]
-        if len(lakes) >= count:
-            return lakes[:count]
     raise ValueError(f"There are too few {asked}: ask for fewer hops, or for more tiles.")
 
 
 def random_tiles(moves, min_hops, rng):
-    """Letters (N, tiles) by the notebook's rules for moves (N, tiles, A), and whether to keep them.
-
-    The others, bool (N,), lack a start, or a goal as far away as it should be.
-    """
+    """Letters (N, tiles) for moves (N, tiles, A), and which maps the rules keep, bool (N,)."""
     start, goal, hole = (rng.random(moves.shape[:2]) < chance for chance in (0.1, 0.1, 0.2))
     tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
     moves = np.where((tiles == "H")[..., None], -1, moves)
@@ -125,10 +122,7 @@ def random_tiles(moves, min_hops, rng):
 
 
 def random_graphs(count: int, rng) -> list[Lake]:
-    """No grids: each action of each of 9 to 25 tiles leads to a tile drawn at random.
-
-    The letters follow the notebook's rules, every goal is at least 3 steps away.
-    """
+    """Worlds that are no grids: any action of 9 to 25 tiles leads anywhere, 3 hops to a goal."""
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
@@ -207,21 +201,17 @@ class FrozenLake:
 
 
 def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The environment of the lakes, shares of which are other than they seem.
-
-    `shuffled`: random tile numbers out of 0 to 48, and action words in random directions;
-    `windows`, of the others: numbered as parts of larger maps; `slippery`: on slippery ice.
+    """The lakes' environment; these shares of them are `shuffled` (tile numbers are drawn from 0 to
+    48, action words mean random directions), the others' `windows`, and on slippery ice.
     """
-    numbers, words = [], []
-    for lake in lakes:
-        size = lake.tiles.size
-        number, word = np.arange(size), np.arange(len(ACTIONS))
+    numbers = [np.arange(lake.tiles.size) for lake in lakes]
+    words = [np.arange(len(ACTIONS)) for _ in lakes]
+    for i, lake in enumerate(lakes):
         if rng.random() < shuffled:
-            number, word = rng.permutation(max(49, size))[:size], rng.permutation(word)
+            numbers[i] = rng.permutation(max(49, lake.tiles.size))[: lake.tiles.size]
+            words[i] = rng.permutation(words[i])
         elif rng.random() < windows:
-            number = window(lake, rng)
-        numbers.append(number)
-        words.append(word)
+            numbers[i] = window(lake, rng)
     slips = rng.random(len(lakes)) < slippery
     return FrozenLake(lakes, rng, max_steps, numbers, words, slips)
 
@@ -324,18 +314,20 @@ class Planner:
     """The best possible player: it knows the lake, and iterates values over the steps left."""
 
     def __init__(self, env, rng):
-        self.env, self.best = env, []  # (N, S) words, by the number of steps that are left less one
-        lake, value = env.lake[:, None, None], np.zeros(env.tiles.shape)  # (N, S)
+        self.env, self.best = env, []  # (N, S) directions, for 1 step left, 2, ...
+        value, slip = np.zeros(env.tiles.shape), env.slippery[:, None, None] / 3
         for _ in range(env.max_steps):
-            worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))[lake, env.moves]
-            sideways = (np.roll(worth, 1, axis=-1) + worth + np.roll(worth, -1, axis=-1)) / 3
-            q = np.where(env.slippery[:, None, None], sideways, worth)  # (N, S, A) by direction
-            self.best.append(q[lake, np.arange(q.shape[1])[:, None], env.words[:, None]].argmax(-1))
-            value = q.max(-1)
+            worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))
+            worth = worth[env.lake[:, None, None], env.moves]  # (N, S, A)
+            sideways = np.roll(worth, 1, axis=-1) + np.roll(worth, -1, axis=-1)
+            worth = (1 - 2 * slip) * worth + slip * sideways
+            self.best.append(worth.argmax(-1))
+            value = worth.max(-1)
 
     def act(self, state, episode):
         left = self.env.max_steps - self.env.steps
-        return np.array(self.best)[left - 1, self.env.lake, state]
+        direction = np.array(self.best)[left - 1, self.env.lake, state]
+        return (self.env.words == direction[:, None]).argmax(1)
 
     def learn(self, step):
         pass

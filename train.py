@@ -66,22 +66,15 @@ def collect(run, number: int) -> Iterator[Batch]:
     progress = number * recipe.collection_steps / recipe.steps
     late = progress >= recipe.late_from
 
-    # lakes: at first easy ones, fewer and fewer; late hard ones
-    share = 1 - progress / recipe.easy_until if progress < recipe.easy_until else 0
-    easy = round(recipe.lakes * share)
-    lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
-    lakes += some_lakes(recipe, recipe.lakes - easy, rng, late)
-    assert not any(lake.is_test for lake in lakes)
-
-    # Q-learning's episodes on them: the first ones random, the others mostly greedy
-    env, at_random = mixed(recipe, lakes, rng, late), 0.3 * recipe.episodes
+    # Q-learning's episodes on new lakes: the first ones random, the others mostly greedy
+    env, at_random = new_worlds(recipe, recipe.lakes, progress, rng), 0.3 * recipe.episodes
     player = TabularQ(env, rng, lambda episode: np.where(episode < at_random, 0.0, 0.8))
     played = roll_out(env, player, recipe.episodes)
     own = cycle(own_trials(run, number)) if late and recipe.own else None
 
     def sets():
         while True:
-            for lake in rng.permutation(len(lakes)):
+            for lake in rng.permutation(len(env)):
                 by_network = own and rng.random() < recipe.own
                 yield next(own) if by_network else draw_set(played[lake], rng, recipe.quality)
 
@@ -92,15 +85,16 @@ def collect(run, number: int) -> Iterator[Batch]:
         yield collate(slices)
 
 
-def some_lakes(recipe, count, rng, late):
-    """Lakes of the recipe; late some are as large as they get, their goals 3 hops farther away."""
-    hard = round(count * recipe.hard * late)
-    lakes = random_lakes(count - hard, rng, recipe.sides, recipe.min_hops, test=False)
-    return lakes + random_lakes(hard, rng, recipe.sides[1:] * 2, recipe.min_hops + 3, test=False)
-
-
-def mixed(recipe, lakes, rng, late):
-    """The lakes' environment, of the recipe's worlds."""
+def new_worlds(recipe, count, progress, rng):
+    """Lakes as the recipe wants them at this share of the training: easy ones, then hard ones."""
+    easy = round(count * max(0, 1 - progress / recipe.easy_until)) if recipe.easy_until else 0
+    late = progress >= recipe.late_from
+    hard = round(count * recipe.hard) if late else 0
+    lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
+    lakes += random_lakes(count - easy - hard, rng, recipe.sides, recipe.min_hops, test=False)
+    if hard:
+        lakes += random_lakes(hard, rng, recipe.sides[1:] * 2, recipe.min_hops + 3, test=False)
+    assert not any(lake.is_test for lake in lakes)
     windows = recipe.windows if late else 0.0
     return worlds(lakes, rng, recipe.max_steps, recipe.shuffled, windows, recipe.slippery)
 
@@ -112,11 +106,10 @@ def own_trials(run, number: int) -> list[list[Episode]]:
     mistakes are in no other player's data: only they teach it what loops and detours are worth.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
-    lakes = some_lakes(recipe, 64, rng, late=True)
-    env = mixed(recipe, lakes, rng, late=True)
+    env = new_worlds(recipe, 64, 1.0, rng)
 
     def probability(episode):
-        return np.where(np.arange(len(lakes)) % 2, model_probability(episode), 1.0)
+        return np.where(env.lake % 2, model_probability(episode), 1.0)
 
     a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
     steps = 4 * recipe.context // (5 * a_step)  # the rest is for episodes' ends
@@ -353,6 +346,7 @@ def begin(recipe, folder, device) -> Run:
     encoder = Encoder(tokenizer)
     check_context(encoder, recipe.context, recipe.max_steps)
     test_lakes(1, recipe.sides, recipe.min_hops)  # raises if there are none
+    new_worlds(recipe, 64, 1.0, np.random.default_rng(0))  # likewise
     if recipe.model:
         llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
         network = QNetwork(llama, encoder.action_tokens, IA3(llama.config).to(device))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
 from unittest.mock import Mock
 
 import gymnasium
@@ -48,10 +48,11 @@ def keeps_the_rules(lake: Lake, min_hops: int) -> bool:
 @pytest.mark.parametrize("slippery", [False, True, np.arange(49) % 3 == 0])
 @pytest.mark.parametrize("name", [None, window, lambda lake, r: r.permutation(lake.tiles.size)])
 def test_every_transition_of_every_size_is_gymnasiums(name, slippery):
-    """Side by side, by any numbers of the tiles, slippery or not or on some lakes."""
+    """Side by side, by any numbers of the tiles and any words, slippery or not or on some lakes."""
     lakes = [any_lake(i, *size) for i, size in enumerate(product(range(2, 9), repeat=2))]
     numbers = name and [name(lake, rng(i)) for i, lake in enumerate(lakes)]
-    env = FrozenLake(lakes, rng(), 100, numbers, slippery)
+    words = [rng(i).permutation(4) if name else np.arange(4) for i in range(len(lakes))]
+    env = FrozenLake(lakes, rng(), 100, numbers, words if name else None, slippery)
     env.rng, names = Mock(), numbers or [np.arange(lake.tiles.size) for lake in lakes]
     ours = defaultdict(Counter)
     for env.rng.integers.return_value, tile, action in product((-1, 0, 1), range(64), range(4)):
@@ -65,7 +66,7 @@ def test_every_transition_of_every_size_is_gymnasiums(name, slippery):
         gym = gymnasium.make("FrozenLake-v1", desc=list(lake.rows), is_slippery=slips).unwrapped
         for tile, action in product(gym.P, range(4)):
             theirs = Counter()
-            for probability, *outcome in gym.P[tile][action]:
+            for probability, *outcome in gym.P[tile][words[i][action]]:
                 theirs[tuple(outcome)] += probability
             assert ours.pop((i, tile, action)) == pytest.approx(theirs)
     assert not ours
@@ -174,6 +175,62 @@ def test_a_window_is_any_part_of_a_map_of_seven_tiles_a_side(height, width):
         for top, left in product(range(max(7 - height, 0) + 1), range(columns - width + 1)):
             expected.add((*board[top : top + height, left : left + width].flat,))
     assert {(*window(lake, generator),) for _ in range(1500)} == expected
+
+
+def test_worlds_are_other_than_they_seem_as_often_as_asked():
+    """Numbers drawn from 0 to 48 and words, or numbers of windows, of the shares of lakes."""
+    lakes = random_lakes(2000, rng(20), test=False)
+    plain, env = world.worlds(lakes, rng(21)), world.worlds(lakes, rng(21), 9, 0.4, 0.5, 0.25)
+    assert not plain.slippery.any()
+    assert all((own == np.arange(own.size)).all() for own in plain.numbers)
+    assert (plain.words == np.arange(4)).all()
+    usual = (env.words == np.arange(4)).all(1)
+    same = np.array([(own == np.arange(own.size)).all() for own in env.numbers])
+    shares = [(~usual).mean(), same.mean(), env.slippery.mean(), env.slippery[usual].mean()]
+    assert shares == pytest.approx([0.4 * 23 / 24, 0.6 * (0.5 + 0.5 * 0.1), 0.25, 0.25], abs=0.05)
+    drawn = [own for own, known in zip(env.numbers, usual) if not known]
+    assert all(len(set(own.tolist())) == own.size for own in drawn)
+    count = np.bincount(np.concatenate(drawn))
+    assert count == pytest.approx([count.mean()] * 49, rel=0.3)  # more than four sd
+    assert {*map(tuple, env.words.tolist())} == {*permutations(range(4))}
+
+
+def test_graphs_have_far_goals_and_lead_where_they_say():
+    """9 to 25 tiles; by a breadth-first search every start is 3 or more steps from a goal."""
+    graphs = world.random_graphs(300, rng(22))
+    env, sizes = FrozenLake(graphs, rng(23)), Counter(lake.tiles.size for lake in graphs)
+    assert sizes.keys() == {*range(9, 26)}
+    assert max(sizes.values()) < 3 * 300 / 17
+    for i, lake in enumerate(graphs):
+        goals, holes = ({*np.flatnonzero(lake.tiles == letter).tolist()} for letter in "GH")
+        onward = [set(links) - holes for links in lake.links]
+        for start in np.flatnonzero(lake.tiles == "S").tolist():
+            assert 3 <= fewest_steps(start, goals, onward.__getitem__) < math.inf
+        for tile in {*range(lake.tiles.size)} - goals - holes:
+            assert tuple(env.moves[i, tile]) == lake.links[tile]
+    assert len({link for lake in graphs for links in lake.links for link in links}) == 25
+
+
+@pytest.mark.parametrize("slippery", [False, True])
+def test_the_planner_earns_what_dynamic_programming_on_gymnasiums_table_says(slippery):
+    """The best expected return of 12 steps, by any numbers and words, on three lakes."""
+    rows = [("SFFF", "FHFH", "FFFH", "HFFG"), ("HSH", "FFF", "FHG"), ("SFFG",)]
+    lakes = [lake for lake in map(Lake, rows) for _ in range(3000)]
+    env = world.worlds(lakes, rng(24), 12, shuffled=1.0, slippery=float(slippery))
+    played = roll_out(env, world.Planner(env, None), 1)
+    returns = np.reshape([trial[0].total for trial in played], (3, -1)).mean(1)
+    for row, mean in zip(rows, returns):
+        gym = gymnasium.make("FrozenLake-v1", desc=list(row), is_slippery=slippery).unwrapped
+        value = np.zeros(len(gym.P))
+        for _ in range(12):
+            value = [
+                max(
+                    sum(p * (reward + (not end) * value[onward]) for p, onward, reward, end in row)
+                    for row in gym.P[tile].values()
+                )
+                for tile in gym.P
+            ]
+        assert mean == pytest.approx(value["".join(row).index("S")], abs=0.03)
 
 
 def test_what_players_earn():
