@@ -1,7 +1,7 @@
 """Look at what was learned: play lakes that no training saw, with the weights as they are.
 
     python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
-    python eval.py RUN RUN ... [EXPERIMENT]   figures 3 and 6: several runs on the same lakes
+    python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
     python eval.py [RUN] --watch              one trial, step by step, with its Q-values
 
     unseen        figure 3: the return rises from episode to episode
@@ -15,8 +15,7 @@
     slippery      a step may go to either side
     beliefs       figure 1 and more: paths, and the best action on each tile; --gif: as a film
 
-Departures from section 4 of the paper: 200 trials instead of 50, with 95 % confidence intervals
-and reference players (Q-learning is forced to explore too).
+Departures from section 4 of the paper: 200 trials, not 50, with intervals and other players.
 """
 
 import argparse
@@ -38,8 +37,8 @@ REFERENCES = {
     "tabular Q-learning": lambda env, rng: TabularQ(env, rng, model_probability),
     "uniform random": RandomPlayer,
 }
-BEST = "best possible, knows the lake"
 TRANSFORMER, UNFORCED = "transformer in context", "transformer, nothing forced"
+BEST = "best possible"
 OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()  # for colour-blind readers
 COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
 ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
@@ -54,12 +53,12 @@ def test_lakes(count, sides, min_hops) -> list[Lake]:
     return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops, test=True)
 
 
-def by_references(run, seed, *stages: list[Lake], episodes=30, **shares) -> dict[str, Played]:
+def by_references(run, seed, *stages: list[Lake], episodes=30, **kind) -> dict[str, Played]:
     """What players without a network do on lakes, or on one after the other, by name."""
-    played, best = {}, {BEST: Planner} if shares.get("slippery") else {}
+    played, best = {}, {BEST: Planner} if kind.get("slippery") else {}
     for name, make in (REFERENCES | best).items():
         rng = np.random.default_rng(seed)
-        envs = [worlds(lakes, rng, run.recipe.max_steps, **shares) for lakes in stages]
+        envs = [worlds(lakes, rng, run.recipe.max_steps, **kind) for lakes in stages]
         player = make(max(envs, key=lambda env: env.moves.size), rng)  # room for all tiles
         turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
         played[name] = [list(chain(*trial)) for trial in zip(*turns)]
@@ -96,9 +95,8 @@ def table(played: dict[str, Played]) -> str:
         r = returns_of(trials)
         cells = "".join(f"{r[:, b : b + size].mean():7.3f}" for b in blocks)
         loops = np.mean([episode.truncated for trial in trials for episode in trial[-size:]])
-        lines.append(
-            f"{name:27} {sparkline(trials)}{cells}{(r.max(1) > 0).mean():7.0%}{loops:7.1%}"
-        )
+        cells += f"{(r.max(1) > 0).mean():7.0%}{loops:7.1%}"
+        lines.append(f"{name:27} {sparkline(trials)}{cells}")
     return "\n".join(lines)
 
 
@@ -148,12 +146,12 @@ def on_lakes(experiment, runs, folder, trials, seed):
     lakes = test_lakes(trials, *where.get(experiment, (recipe.sides, recipe.min_hops)))
     if experiment == "graphs":
         lakes = random_graphs(trials, np.random.default_rng(TEST_SEED))
-    shares = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
+    kind = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
     names = [str(run.folder) for run in runs] if len(runs) > 1 else [TRANSFORMER]
-    played = {name: play(run, lakes, seed, **shares) for name, run in zip(names, runs)}
+    played = {name: play(run, lakes, seed, **kind) for name, run in zip(names, runs)}
     if len(runs) == 1 and experiment != "unseen":
-        played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **shares)
-    played |= by_references(runs[0], seed, lakes, **shares)
+        played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **kind)
+    played |= by_references(runs[0], seed, lakes, **kind)
     report(folder, experiment, f"{experiment}: {trials} worlds that no training saw", played)
 
 
@@ -261,10 +259,10 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     Each tile has a row of the cache, with the episodes before, as if the next one began there.
     """
     past, tiles = episodes[:number], env.numbers[0]
-    rows = FrozenLake([lake] * len(tiles), env.rng, env.max_steps)
-    player = InContext(run, rows, env.rng, given=[past] * len(tiles))
+    same = FrozenLake([lake] * len(tiles), env.rng, env.max_steps)
+    player = InContext(run, same, env.rng, given=[past] * len(tiles))
     player.act(tiles, episode=number)
-    best, value = player.q.argmax(1), player.q.max(1)  # (tiles,)
+    best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)
     down, right = np.transpose(DIRECTIONS)[:, env.words[0, best]]
     row, column = np.divmod(np.arange(len(tiles)), lake.width)
     axes.clear()
@@ -282,7 +280,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
 
 
 def beliefs(run, path, lake, seed):
-    """Figure 1, and why: six episodes of a trial where nothing is forced; as a .gif all of them."""
+    """Figure 1, and the network's reasons: six episodes of a trial, nothing forced; .gif: all."""
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
 
@@ -291,7 +289,7 @@ def beliefs(run, path, lake, seed):
     (episodes,) = roll_out(env, InContext(run, env, rng, ALWAYS), 30)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        figure = Figure(figsize=(9, 6.2 * lake.height / lake.width + 0.5), layout="constrained")
+        figure = Figure(figsize=(9, 6.2 * len(lake.rows) / lake.width + 0.5), layout="constrained")
         for axes, number in zip(figure.subplots(2, 3).flat, (0, 1, 2, 5, 10, 29)):
             draw_beliefs(axes, run, env, lake, episodes, number)
         return save_picture(path, figure)

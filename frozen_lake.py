@@ -3,8 +3,7 @@
     python frozen_lake.py        draws a lake, and the returns of players that need no network
 
 A player has `act(state, episode) -> action`, arrays (N,), and `learn(step)`; `roll_out` is the one
-loop in which all of them play, the transformer too (icrl.InContext). The paper does not name the
-algorithm that makes its training data: ours is tabular Q-learning.
+loop in which all of them play, the transformer too (icrl.InContext).
 Shapes: N lakes side by side, S tile numbers, A = 4 actions. `rng` is always a numpy Generator.
 """
 
@@ -39,10 +38,6 @@ class Lake:
             raise ValueError(f"{self.rows} is no lake: that takes {needed}.")
 
     @property
-    def height(self):
-        return len(self.rows)
-
-    @property
     def width(self):
         return len(self.rows[0])
 
@@ -54,7 +49,7 @@ class Lake:
     @cached_property
     def moves(self) -> np.ndarray:
         """Tiles that the four directions lead to, (tiles, A)."""
-        return np.array(self.links or grid_moves(self.height, self.width))
+        return np.array(self.links or grid_moves(len(self.rows), self.width))
 
     @cached_property
     def is_test(self) -> bool:
@@ -71,7 +66,7 @@ def grid_moves(height, width):
 
 
 def hops(moves, distance):
-    """Fewest steps from every tile to a goal, by relaxation of a first guess `distance` (N, S).
+    """Fewest steps from every tile to a goal, from a first `distance` (N, S): 0 there, else inf.
 
     moves (N, S, A): where each action leads, -1 if that is unknown or nowhere.
     """
@@ -102,8 +97,8 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
             return lakes[:count]
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
-            count_of_size = 16384 // high**2  # equally many maps of each size
-            moves = np.tile(grid_moves(height, width), (count_of_size, 1, 1))
+            each = 16384 // high**2  # as many maps of every size
+            moves = np.tile(grid_moves(height, width), (each, 1, 1))
             tiles, kept = random_tiles(moves, min_hops, rng)
             maps = tiles[kept].reshape(-1, height, width)
             found += [Lake(tuple(map("".join, rows))) for rows in maps]
@@ -122,24 +117,21 @@ def random_tiles(moves, min_hops, rng):
 
 
 def random_graphs(count: int, rng) -> list[Lake]:
-    """Worlds that are no grids: any action of 9 to 25 tiles leads anywhere, 3 hops to a goal."""
+    """Worlds without a grid: any action on 9 to 25 tiles leads anywhere; goals are 3 hops off."""
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
         links = rng.integers(size, size=(100, size, len(ACTIONS)))
         tiles, kept = random_tiles(links, 3, rng)
-        for i in np.flatnonzero(kept)[:1]:  # equally many of each size
+        for i in np.flatnonzero(kept)[:1]:  # of large ones more are kept
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
 
 def window(lake, rng, side=7):
-    """Tile numbers (tiles,) as if the lake were a part of a map of up to `side` tiles a side.
-
-    So a network meets the numbers of larger lakes than it is trained on.
-    """
+    """Tile numbers (tiles,) as if the lake were a part of a map of up to `side` tiles a side."""
     columns = rng.integers(lake.width, max(side, lake.width) + 1)
-    top = rng.integers(0, max(side - lake.height, 0) + 1)
+    top = rng.integers(0, max(side - len(lake.rows), 0) + 1)
     left = rng.integers(0, columns - lake.width + 1)
     row, column = np.divmod(np.arange(lake.tiles.size), lake.width)
     return (top + row) * columns + left + column
@@ -155,13 +147,12 @@ class FrozenLake:
     goes as asked or to either side, with probability 1/3 each.
     """
 
-    def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=None, words=None, slippery=False):
+    def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=(), words=range(4), slippery=False):
         numbers = numbers or [np.arange(lake.tiles.size) for lake in lakes]
         size = 1 + max(number.max() for number in numbers)  # S
         self.rng, self.max_steps, self.lake = rng, max_steps, np.arange(len(lakes))
         self.numbers = numbers
-        directions = range(len(ACTIONS)) if words is None else words
-        self.words = np.broadcast_to(directions, (len(lakes), len(ACTIONS)))
+        self.words = np.broadcast_to(words, (len(lakes), len(ACTIONS)))
         self.slippery = np.broadcast_to(slippery, len(lakes))
         self.tiles = np.full((len(lakes), size), "")  # (N, S), "" where no tile has the number
         self.moves = np.zeros((len(lakes), size, len(ACTIONS)), int)  # (N, S, A)
@@ -201,18 +192,18 @@ class FrozenLake:
 
 
 def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The lakes' environment; these shares of them are `shuffled` (tile numbers are drawn from 0 to
-    48, action words mean random directions), the others' `windows`, and on slippery ice.
+    """The lakes' environment, where these shares of them are shuffled (tile numbers are drawn from
+    0 to 48, action words mean random directions), of the others a `window`, and slippery.
     """
     numbers = [np.arange(lake.tiles.size) for lake in lakes]
     words = [np.arange(len(ACTIONS)) for _ in lakes]
     for i, lake in enumerate(lakes):
-        if rng.random() < shuffled:
+        if shuffled and rng.random() < shuffled:
             numbers[i] = rng.permutation(max(49, lake.tiles.size))[: lake.tiles.size]
             words[i] = rng.permutation(words[i])
-        elif rng.random() < windows:
+        elif windows and rng.random() < windows:
             numbers[i] = window(lake, rng)
-    slips = rng.random(len(lakes)) < slippery
+    slips = slippery and rng.random(len(lakes)) < slippery
     return FrozenLake(lakes, rng, max_steps, numbers, words, slips)
 
 
@@ -239,7 +230,7 @@ def roll_out(env, player, episodes, limit=math.inf, first=0) -> list[list[Episod
     """Let `player` play so many episodes on every lake of `env`, side by side; [lake][episode].
 
     No lake waits for another: `player.act` is told each one's present episode, counted from
-    `first`. After `limit` steps on each lake everything is cut off.
+    `first`. After `limit` steps on each lake all end, and unfinished episodes are dropped.
     """
     episode, steps = np.full(len(env), first), []
     state = env.reset(np.ones(len(env), bool))
@@ -248,8 +239,6 @@ def roll_out(env, player, episodes, limit=math.inf, first=0) -> list[list[Episod
     while (playing := episode < first + episodes).any() and len(steps) < limit:
         action = player.act(state, episode)
         successor, reward, terminated, truncated = env.step(action)
-        if len(steps) + 1 == limit:
-            truncated = ~terminated
         steps.append(Step(state, action, successor, reward, terminated, truncated, playing))
         player.learn(steps[-1])
         over = terminated | truncated
@@ -310,7 +299,7 @@ class TabularQ:
         self.q[taken] += np.where(step.playing, self.rate * error, 0)
 
 
-class Planner:
+class Planner(RandomPlayer):
     """The best possible player: it knows the lake, and iterates values over the steps left."""
 
     def __init__(self, env, rng):
@@ -328,9 +317,6 @@ class Planner:
         left = self.env.max_steps - self.env.steps
         direction = np.array(self.best)[left - 1, self.env.lake, state]
         return (self.env.words == direction[:, None]).argmax(1)
-
-    def learn(self, step):
-        pass
 
 
 class Explorer:
@@ -373,7 +359,7 @@ def draw(lake, path=()) -> str:
     cells = [f"[{t}]" if i in visited else f" {t} " for i, t in enumerate(lake.tiles)]
     if len(path):
         cells[path[-1]] = f"<{lake.tiles[path[-1]]}>"
-    return "\n".join(map("".join, np.reshape(cells, (lake.height, lake.width))))
+    return "\n".join(map("".join, np.reshape(cells, (len(lake.rows), lake.width))))
 
 
 if __name__ == "__main__":

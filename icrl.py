@@ -8,9 +8,8 @@ bad, a network has to work out from tau which lake this is: so it plays better, 
 For training, 20 to 40 episodes of a lake, in random order so that the place of an episode does not
 tell how good its player was, are a *set*; sets of many lakes are cut into *slices* of T tokens.
 
-Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words,
-not the whole vocabulary; the small network reads a text without role headers; a context that is
-full forgets its oldest episodes.
+Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words;
+the small network's text has no role headers; a full context forgets its oldest episodes.
 Shapes: B batch, T tokens, N action positions (or trials side by side), A actions, D model.
 """
 
@@ -18,6 +17,7 @@ import copy
 import json
 import math
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -280,7 +280,7 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # who plays on has something unread; once half of the rows have nothing, the others go on
+        # a finished trial has nothing unread; once half are finished, their rows are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -376,7 +376,7 @@ class Recipe:
     lakes: int = setting(256, "lakes in a collection", 1)
     episodes: int = setting(100, "episodes of Q-learning on each lake", 1)
     collection_steps: int = setting(128, "steps before the next collection", 1)
-    late_from: float = setting(0.6, "share of the training before own trials and windows", 0, 1)
+    late_from: float = setting(0.6, "share of the training before all that is late", 0, 1)
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
     hard: float = setting(0.0, "share of late lakes of the largest size, goals far away", 0, 1)
     shuffled: float = setting(0.0, "share of lakes with numbers and words of their own", 0, 1)
@@ -408,7 +408,7 @@ class Recipe:
         for f in fields(self):
             value, needed = getattr(self, f.name), ""
             (low, high), choices = f.metadata["bounds"], f.metadata["choices"]
-            pair = f.default, value  # of the same type, or an int for a float
+            pair = f.default, value  # of one type, their parts too; an int may stand for a float
             kinds = [[*map(type, x)] if isinstance(x, tuple) else type(x) for x in pair]
             if kinds[0] != kinds[1] and kinds != [float, int]:
                 needed = f"like {f.default!r}"
@@ -421,11 +421,7 @@ class Recipe:
                 raise ValueError(f"{flag} has to be {needed}, not {value!r}.")
 
 
-class Run(NamedTuple):
-    folder: Path
-    recipe: Recipe
-    network: QNetwork
-    encoder: Encoder
+Run = namedtuple("Run", "folder recipe network encoder")
 
 
 @contextmanager
@@ -478,14 +474,14 @@ def load_run(folder: str | Path, device="cpu") -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied, since kernels round a file's memory, aligned otherwise, in another way
+    else:  # copied: a file's memory is aligned otherwise, and kernels then round otherwise
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 
 
 @torch.no_grad()
 def main(folder=SHIPPED):
-    """Follow three episodes of a random player from the lake to the loss."""
+    """Three episodes of a random player, from the lake to the loss."""
     run, rng = load_run(folder), np.random.default_rng(1)
     encoder, lakes = run.encoder, random_lakes(1, rng, min_hops=3, test=True)
     env = FrozenLake(lakes, rng)

@@ -127,7 +127,7 @@ class KVCache:
     def append(self, layer, positions, keys, values, used: int):
         """Store (B, K, T, hd) at positions (B, T); returns the first `used` slots (B, K, S, hd)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
+        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)  # (B, T, K, hd)
         self.values[layer][rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
@@ -210,7 +210,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # keep only the layers' inputs for the backward pass
+        self.checkpointing = False  # if True: keep only the layers' inputs for the backward pass
         self.model = nn.ModuleDict()  # the checkpoint's `model.` prefix
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(map(DecoderLayer, [config] * config.num_hidden_layers))
@@ -332,7 +332,7 @@ def complete(source: str, prompt: str, count: int = 40) -> str:
 
 
 def device(name: str) -> str:
-    """A type for argparse: a device that is here."""
+    """A type for argparse: a device that this machine has."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -7,10 +7,10 @@
     torchrun --nproc-per-node 4 train.py     several GPUs share each batch
 
 Sections 3 (optimisation) and 4.1 (data) of the paper. Departures, for the small network: all its
-weights are trained, from scratch, by Muon and AdamW, at a rate that falls; its lakes are new ones
-all the time, and easier at first; in the end half of its data are its own trials (4.6).
+weights are trained, by Muon and AdamW, at falling rates; its lakes are new all the time, and easier
+at first; in the end half of its data are its own trials (4.6).
 
-A run is a folder: config.json (shape of the network, and recipe), tokenizer.json, what was trained
+A run is a folder: config.json (shape and recipe), tokenizer.json, what was trained
 (model.safetensors, or PEFT's files), state.safetensors (for --resume), log.csv and eval.py's curve.
 """
 
@@ -59,8 +59,7 @@ PAPER = Recipe(
 # ---- the data
 def collect(run, number: int) -> Iterator[Batch]:
     """New lakes, Q-learning's episodes on them in shuffled sets, and late the network's own trials.
-
-    It follows from the recipe, the number and, late in training, from what the network plays.
+    All follows from the recipe, the number and the network that plays.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
@@ -86,27 +85,27 @@ def collect(run, number: int) -> Iterator[Batch]:
 
 
 def new_worlds(recipe, count, progress, rng):
-    """Lakes as the recipe wants them at this share of the training: easy ones, then hard ones."""
-    easy = round(count * max(0, 1 - progress / recipe.easy_until)) if recipe.easy_until else 0
-    late = progress >= recipe.late_from
-    hard = round(count * recipe.hard) if late else 0
+    """Lakes for this share of the training: easy ones, fewer and fewer, and late hard ones."""
+    late, easy = progress >= recipe.late_from, 0
+    if progress < recipe.easy_until:
+        easy = round(count * (1 - progress / recipe.easy_until))
+    hard = round(count * recipe.hard * late)
     lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
     lakes += random_lakes(count - easy - hard, rng, recipe.sides, recipe.min_hops, test=False)
     if hard:
-        lakes += random_lakes(hard, rng, recipe.sides[1:] * 2, recipe.min_hops + 3, test=False)
+        lakes += random_lakes(hard, rng, (recipe.sides[1],) * 2, recipe.min_hops + 3, test=False)
     assert not any(lake.is_test for lake in lakes)
-    windows = recipe.windows if late else 0.0
-    return worlds(lakes, rng, recipe.max_steps, recipe.shuffled, windows, recipe.slippery)
+    shares = recipe.shuffled, recipe.windows * late, recipe.slippery
+    return worlds(lakes, rng, recipe.max_steps, *shares)
 
 
 def own_trials(run, number: int) -> list[list[Episode]]:
-    """What the network does on lakes of its own, each for about as long as a slice.
-
-    In half of them random actions are forced; they stay in the order played: both as at test. Its
-    mistakes are in no other player's data: only they teach it what loops and detours are worth.
+    """What the network does on lakes of its own, each for about as long as a slice: in the order
+    played and, on every second one, with random actions forced, as at test. Its mistakes are in no
+    other player's data: only they teach it what loops and detours are worth.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
-    env = new_worlds(recipe, 64, 1.0, rng)
+    env = new_worlds(recipe, 64, progress=1.0, rng=rng)
 
     def probability(episode):
         return np.where(env.lake % 2, model_probability(episode), 1.0)
@@ -194,7 +193,8 @@ def train(run, args):
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # half of a CPU's memory
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    kept = kept_bytes(llama.config, at_once * recipe.tokens, llama.vocabulary.dtype)
+    tokens = max(at_once * recipe.tokens, recipe.context)
+    kept = kept_bytes(llama.config, tokens, llama.vocabulary.dtype)
     llama.checkpointing = kept > free
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
     # own trials are played by the weights at a collection's start: a resumed run must begin there
@@ -290,7 +290,7 @@ def load_state(folder, online, delayed, optimizers):
 
 # ---- several GPUs, under torchrun
 # Each process draws its share of a batch from a seed of its own; all average their gradients, so
-# their networks stay the same. The first one writes, and plays while the others wait.
+# their networks stay the same. The first one writes, and looks at unseen lakes meanwhile.
 
 
 def join_group(device):
@@ -384,12 +384,11 @@ def main(arguments=None):
     else:
         number = next(n for n in count(1) if not Path(f"runs/{n}").exists())
         run = begin(recipe, args.out or Path(f"runs/{number}"), here)
-    folder, _, network, encoder = run
-    size = sum(p.numel() for p in network.trained().values())
-    pieces = encoder.write(Episode([2, 6, 7], [1, 2], [0, 1]))
+    folder, size = run.folder, sum(p.numel() for p in run.network.trained().values())
     if RANK == 0:
         print(f"{folder}: {size:,} parameters learn. Ctrl-C stops, --resume {folder} goes on.")
-        print(f"An episode as the model reads it: {''.join(pieces)!r}\n{encoder.tokens(pieces)}")
+        pieces = run.encoder.write(Episode([2, 6, 7], [1, 2], [0, 1]))
+        print(f"An episode as it reads it: {''.join(pieces)!r}")
     train(run, args)
     if RANK == 0:
         on_lakes("unseen", [run], folder, args.trials, seed=0)

@@ -52,7 +52,7 @@ def test_every_transition_of_every_size_is_gymnasiums(name, slippery):
     lakes = [any_lake(i, *size) for i, size in enumerate(product(range(2, 9), repeat=2))]
     numbers = name and [name(lake, rng(i)) for i, lake in enumerate(lakes)]
     words = [rng(i).permutation(4) if name else np.arange(4) for i in range(len(lakes))]
-    env = FrozenLake(lakes, rng(), 100, numbers, words if name else None, slippery)
+    env = FrozenLake(lakes, rng(), 100, numbers, words if name else range(4), slippery)
     env.rng, names = Mock(), numbers or [np.arange(lake.tiles.size) for lake in lakes]
     ours = defaultdict(Counter)
     for env.rng.integers.return_value, tile, action in product((-1, 0, 1), range(64), range(4)):
@@ -79,7 +79,7 @@ PLAYERS += [lambda env, dice: Mock(act=lambda state, episode: 0 * state)]  # goe
 @pytest.mark.parametrize(("max_steps", "limit"), [(None, math.inf), (4, math.inf), (4, 15)])
 @pytest.mark.parametrize("make", PLAYERS)
 def test_roll_outs_are_gymnasiums_and_the_player_is_told_all(make, max_steps, limit):
-    """Eight episodes a lake, counted from `first`, or what `limit` leaves of them: from a start to
+    """Eight episodes a lake, counted from `first`, or those within `limit`: from a start to
     a hole, a goal or the step limit (a goal reached by the last step is no truncation to us)."""
     lakes = [any_lake(i, *size) for i, size in enumerate(product(range(2, 6), repeat=2))]
     numbers = [window(lake, rng(i)) for i, lake in enumerate(lakes)]
@@ -98,13 +98,14 @@ def test_roll_outs_are_gymnasiums_and_the_player_is_told_all(make, max_steps, li
             moves = zip(e.observations[:-1], e.actions, e.observations[1:], e.rewards, strict=True)
             for state, action, onward, paid in moves:
                 tile, reward, end, cut, _ = gym.step(action)
-                cut = not end and (cut or len(steps) + 1 == limit)
+                cut = not end and cut
                 steps.append([state, number, state, action, onward, paid, end, cut, True])
                 assert (onward, paid) == (own[tile], reward)
             assert (end or cut, e.truncated, e.total) == (True, cut, reward)
         assert told[: len(steps), :, i].tolist() == steps
-        assert len(trial) == 8 or len(steps) == limit
-        assert (told[len(steps) :, 1::7, i] == [14, False]).all()  # all played
+        finished = len(trial) == 8  # or what was begun when the limit came is dropped
+        assert finished or len(told) == limit
+        assert (told[len(steps) :, 1::7, i] == [6 + len(trial), not finished]).all()
 
 
 def test_starts_are_uniform_by_any_numbers():
@@ -123,7 +124,7 @@ def test_random_lakes_keep_the_rules(ask):
     low, high, min_hops, test = ask
     draw = partial(random_lakes, sides=(low, high), min_hops=min_hops, test=test)
     lakes = draw(150, rng(1))
-    sizes = Counter((lake.height, lake.width) for lake in lakes)
+    sizes = Counter((len(lake.rows), lake.width) for lake in lakes)
     assert sizes.keys() == {*product(range(low, high + 1), repeat=2)}
     assert all(keeps_the_rules(lake, min_hops) and lake.is_test == test for lake in lakes)
     assert [draw(n, rng(1)) for n in (0, 1, 120)] == [[], lakes[:1], lakes[:120]]
@@ -142,7 +143,8 @@ def test_sizes_and_letters_are_as_frequent_as_the_rules_make_them():
                     weight[kind] += kept * math.prod(map(chance.get, tiles))
     lakes = random_lakes(30_000, rng(3), (2, 3), 1, test=False)
     small = [lake for lake in lakes if lake.tiles.size < 9]
-    drawn = Counter(x for lake in small for x in ((lake.height, lake.width), *"".join(lake.rows)))
+    drawn = Counter((len(lake.rows), lake.width) for lake in small)
+    drawn += Counter("".join(row for lake in small for row in lake.rows))
     for kind in ((2, 2), (2, 3), (3, 2), *"SGH"):
         assert drawn[kind] / len(small) == pytest.approx(weight[kind] / weight["lakes"], abs=0.018)
 
