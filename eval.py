@@ -1,21 +1,19 @@
 """Look at what was learned: play lakes that no training saw, with the weights as they are.
 
-    python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
-    python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
-    python eval.py [RUN] --watch              one trial, step by step, with its Q-values
+python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
+python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
+python eval.py [RUN] --watch              one trial, step by step, with its Q-values
 
-    unseen        figure 3: the return rises from episode to episode
-    larger        figure 4: lakes of 6-7 tiles a side
-    stitching     figure 5: two given paths cross, one of which wins
-    changing      figure 7: each lake is another one from episode 30 on
-    exploration   section 4.6: no random action is ever forced
-    harder        5 x 5 tiles, goals 7 hops away or more
-    shuffled      tile numbers and action words that mean something else on each lake
-    graphs        no grid: any action leads anywhere
-    slippery      a step may go to either side
-    beliefs       figure 1 and more: paths, and the best action on each tile; --gif: as a film
-
-Departures from section 4 of the paper: 200 trials, not 50, with intervals and other players.
+unseen        figure 3: the return rises from episode to episode
+larger        figure 4: lakes of 6-7 tiles a side
+stitching     figure 5: two given paths cross, one of which wins
+changing      figure 7: each lake is another one from episode 30 on
+exploration   section 4.6: no random action is ever forced
+harder        5 x 5 tiles, goals 7 hops away or more
+shuffled      tile numbers and action words that mean something else on each lake
+graphs        no grid: any action leads anywhere
+slippery      a step may go to either side
+beliefs       figure 1 and more: paths, and the best action on each tile; --gif: as a film
 """
 
 import argparse
@@ -53,7 +51,7 @@ def test_lakes(count, sides, min_hops) -> list[Lake]:
     return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops, test=True)
 
 
-def by_references(run, seed, *stages: list[Lake], episodes=30, **kind) -> dict[str, Played]:
+def by_references(run, seed, *stages: list[Lake], episodes=30, **kind):
     """What players without a network do on lakes, or on one after the other, by name."""
     played, best = {}, {BEST: Planner} if kind.get("slippery") else {}
     for name, make in (REFERENCES | best).items():
@@ -65,7 +63,7 @@ def by_references(run, seed, *stages: list[Lake], episodes=30, **kind) -> dict[s
     return played
 
 
-def returns_of(played: Played) -> np.ndarray:
+def returns_of(played: Played):
     """(trials, episodes) undiscounted returns."""
     return np.array([[episode.total for episode in trial] for trial in played])
 
@@ -78,13 +76,13 @@ def wilson(mean, trials):
     return np.clip(np.array([centre - half, centre + half]) / (1 + z**2 / trials), 0, 1)
 
 
-def sparkline(played: Played) -> str:
+def sparkline(played: Played):
     """The mean returns of the episodes in one word."""
     bars = "▁▂▃▄▅▆▇█"
     return "".join(bars[min(int(8 * mean), 7)] for mean in returns_of(played).mean(0))
 
 
-def table(played: dict[str, Played]) -> str:
+def table(played: dict[str, Played]):
     """Mean returns, lakes on which a goal was found, and loops: last episodes that were cut off."""
     width = len(next(iter(played.values()))[0])
     size = 5 if width <= 30 else 10
@@ -231,7 +229,7 @@ def stitching(run, folder, trials, seed):
 
 
 def watch(run, lake, seed):
-    """Every step of one trial, with the Q-values before it; * where a coin chose the action."""
+    """Every step of one trial, with the Q-values before it; *: a coin chose the action."""
     rng, lines = np.random.default_rng(seed), []
 
     class Watched(InContext):
@@ -312,7 +310,7 @@ def main(arguments=None):
     parser.add_argument("--trials", type=int, default=200, help="test lakes to play")
     parser.add_argument("--device", type=device, default=DEVICE)
     parser.add_argument("--seed", type=int, default=0, help="of starts and coin tosses")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: in the run's)")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]

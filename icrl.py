@@ -51,7 +51,7 @@ class Template(NamedTuple):
     prompt: str  # at its last token Q-values are read
     action: str
     reward: str  # written if the reward is 1
-    cut: str  # the notebook's words, written if the step limit ended the episode
+    cut: str  # written if the step limit ended the episode
     end: str
 
 

@@ -85,7 +85,7 @@ def collect(run, number: int) -> Iterator[Batch]:
 
 
 def new_worlds(recipe, count, progress, rng):
-    """Lakes for this share of the training: easy ones, fewer and fewer, and late hard ones."""
+    """Lakes for this share of the training: fewer and fewer easy ones, late hard ones."""
     late, easy = progress >= recipe.late_from, 0
     if progress < recipe.easy_until:
         easy = round(count * (1 - progress / recipe.easy_until))
@@ -364,7 +364,7 @@ def begin(recipe, folder, device) -> Run:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NUMBER)")
+    parser.add_argument("--out", type=Path, help="folder (default: runs/NUMBER)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
     parser.add_argument("--device", type=device, default=DEVICE)
     parser.add_argument("--compile", action="store_true", help="compile for a minute, run faster")
