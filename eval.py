@@ -1,19 +1,21 @@
-"""Look at what was learned: play lakes that no training saw, with the weights as they are.
+"""Look at what was learned: play lakes that no training saw.
 
-python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
-python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
-python eval.py [RUN] --watch              one trial, step by step, with its Q-values
+    python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
+    python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
+    python eval.py [RUN] --watch              one trial, step by step, with its Q-values
 
-unseen        figure 3: the return rises from episode to episode
-larger        figure 4: lakes of 6-7 tiles a side
-stitching     figure 5: two given paths cross, one of which wins
-changing      figure 7: each lake is another one from episode 30 on
-exploration   section 4.6: no random action is ever forced
-harder        5 x 5 tiles, goals 7 hops away or more
-shuffled      tile numbers and action words that mean something else on each lake
-graphs        no grid: any action leads anywhere
-slippery      a step may go to either side
-beliefs       figure 1 and more: paths, and the best action on each tile; --gif: as a film
+    unseen        figure 3: the return rises from episode to episode
+    larger        figure 4: lakes of 6-7 tiles a side
+    stitching     figure 5: two given paths cross, one of which wins
+    changing      figure 7: each lake is another one from episode 30 on
+    exploration   section 4.6: no random action is ever forced
+    harder        5 x 5 tiles, goals 7 hops away or more
+    shuffled      tile numbers and action words that mean something else on each lake
+    graphs        no grid: any action leads anywhere
+    slippery      a step may go to either side
+    beliefs       figure 1, and the best action on each tile; --gif: as a film
+
+No weight changes. Departures from the paper: 200 trials, not 50, and other players beside.
 """
 
 import argparse
