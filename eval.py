@@ -1,6 +1,6 @@
 """Look at what was learned: play lakes that no training saw.
 
-    python eval.py [RUN] [EXPERIMENT]         without RUN: the run that comes with the project
+    python eval.py [RUN] [EXPERIMENT]         RUN: by default the shipped one
     python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
     python eval.py [RUN] --watch              one trial, step by step, with its Q-values
 
@@ -13,9 +13,9 @@
     shuffled      tile numbers and action words that mean something else on each lake
     graphs        no grid: any action leads anywhere
     slippery      a step may go to either side
-    beliefs       figure 1, and the best action on each tile; --gif: as a film
+    beliefs       figure 1, and the best action on each tile; --gif: a film
 
-No weight changes. Departures from the paper: 200 trials, not 50, and other players beside.
+No weight changes. Departures: 200 trials instead of 50, and other players beside.
 """
 
 import argparse
@@ -306,8 +306,8 @@ def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="*", metavar="RUN | EXPERIMENT", help="see above")
-    parser.add_argument("--watch", action="store_true", help="show one trial step by step")
-    parser.add_argument("--gif", action="store_true", help="beliefs: a whole trial as a film")
+    parser.add_argument("--watch", action="store_true", help="one trial step by step")
+    parser.add_argument("--gif", action="store_true", help="beliefs as a film")
     parser.add_argument("--lake", type=int, default=0, help="the test lake to watch or draw")
     parser.add_argument("--trials", type=int, default=200, help="test lakes to play")
     parser.add_argument("--device", type=device, default=DEVICE)
