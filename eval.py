@@ -254,28 +254,28 @@ def watch(run, lake, seed):
 
 
 def draw_beliefs(axes, run, env, lake, episodes, number):
-    """An episode's path, and on each tile what the network would do there, coloured by its Q-value.
+    """An episode's path, and on each tile what the network would do there, the redder the better.
 
     Each tile has a row of the cache, with the episodes before, as if the next one began there.
     """
-    past, tiles = episodes[:number], env.numbers[0]
+    tiles = env.numbers[0]
     same = FrozenLake([lake] * len(tiles), env.rng, env.max_steps)
-    player = InContext(run, same, env.rng, given=[past] * len(tiles))
+    player = InContext(run, same, env.rng, given=[episodes[:number]] * len(tiles))
     player.act(tiles, episode=number)
     best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)
     down, right = np.transpose(DIRECTIONS)[:, env.words[0, best]]
     row, column = np.divmod(np.arange(len(tiles)), lake.width)
     axes.clear()
-    axes.imshow([["HFSG".index(letter) for letter in letters] for letters in lake.rows], "Blues_r")
+    shades = ["H  SFG".index(letter) for letter in lake.tiles]
+    axes.imshow(np.reshape(shades, (-1, lake.width)), "Blues_r")
     for where in zip(column - 0.42, row - 0.25, lake.tiles):
         axes.text(*where)
     onward = ~np.isin(lake.tiles, ["H", "G"])
     arrows = (x[onward] for x in (column, row, right, -down, value))
-    axes.quiver(*arrows, pivot="mid", scale=2 * lake.width, cmap="plasma", clim=(0, 1))
-    place = dict(zip(tiles, zip(column, row)))
-    path = np.array([place[tile] for tile in episodes[number].observations])
-    shift = np.linspace(-0.15, 0.15, len(path))[:, None]  # a way back must stay visible
-    axes.plot(*(path + shift).T, ".-", color="#009E73")
+    axes.quiver(*arrows, pivot="mid", scale=2 * lake.width, cmap="YlOrRd", clim=(0, 1))
+    path = [tiles.tolist().index(tile) for tile in episodes[number].observations]
+    shift = np.linspace(-0.15, 0.15, len(path))  # a way back must stay visible
+    axes.plot(column[path] + shift, row[path] + shift, ".-", color="#009E73")
     axes.set(title=f"episode {number}: {len(path) - 1} steps", xticks=[], yticks=[])
 
 
