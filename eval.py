@@ -54,7 +54,7 @@ def test_lakes(count, sides, min_hops) -> list[Lake]:
 
 
 def by_references(run, seed, *stages: list[Lake], episodes=30, **kind):
-    """What players without a network do on lakes, or on one after the other, by name."""
+    """What players without a network do on the lakes of one stage after another, by name."""
     played, best = {}, {BEST: Planner} if kind.get("slippery") else {}
     for name, make in (REFERENCES | best).items():
         rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def table(played: dict[str, Played]):
     size = 5 if width <= 30 else 10
     blocks = range(0, width, size)
     head = "".join(f"{f'{b}-{b + size - 1}':>7}" for b in blocks)
-    lines = [f"{'mean return in episodes':28}{f'0 to {width - 1}':{width}}{head}  found  loops"]
+    lines = [f"{'mean return in episodes':28}{f'0-{width - 1}':{width}}{head}  found  loops"]
     for name, trials in played.items():
         r = returns_of(trials)
         cells = "".join(f"{r[:, b : b + size].mean():7.3f}" for b in blocks)

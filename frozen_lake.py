@@ -66,7 +66,7 @@ def grid_moves(height, width):
 
 
 def hops(moves, distance):
-    """Fewest steps from every tile to a goal, from a first `distance` (N, S): 0 there, else inf.
+    """Fewest steps from each tile on, given a first `distance` (N, S): 0 at goals, inf if unknown.
 
     moves (N, S, A): where each action leads, -1 if that is unknown or nowhere.
     """
@@ -80,7 +80,7 @@ def hops(moves, distance):
 
 
 def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> list[Lake]:
-    """`count` lakes by the rules of the paper's notebook: test lakes, or none of them.
+    """`count` lakes by the rules of the paper's notebook: all are test lakes, or none.
 
     Width and height are uniform in `sides`. A tile is a start with probability 0.1, each remaining
     one a goal with 0.1, each remaining one a hole with 0.2. A map is kept if it has a start and,
@@ -117,13 +117,13 @@ def random_tiles(moves, min_hops, rng):
 
 
 def random_graphs(count: int, rng) -> list[Lake]:
-    """Worlds without a grid: any action on 9 to 25 tiles leads anywhere; goals are 3 hops off."""
+    """Worlds without a grid: any action on 9 to 25 tiles leads anywhere, goals are 3+ hops off."""
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
         links = rng.integers(size, size=(100, size, len(ACTIONS)))
         tiles, kept = random_tiles(links, 3, rng)
-        for i in np.flatnonzero(kept)[:1]:  # of large ones more are kept
+        for i in np.flatnonzero(kept)[:1]:  # one a size drawn: large ones are kept oftener
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
@@ -192,8 +192,8 @@ class FrozenLake:
 
 
 def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The lakes' environment, where these shares of them are shuffled (tile numbers are drawn from
-    0 to 48, action words mean random directions), of the others a `window`, and slippery.
+    """The lakes' environment. `shuffled` of them have tile numbers drawn from 0 to 48 and words of
+    random directions, `windows` of the others a `window`; `slippery` of all are slippery.
     """
     numbers = [np.arange(lake.tiles.size) for lake in lakes]
     words = [np.arange(len(ACTIONS)) for _ in lakes]
@@ -323,7 +323,7 @@ class Explorer:
     """Remembers every step, and walks the shortest known way to a goal or, knowing none, to an
     action that it has not tried. Nearly the best that any learner can do.
 
-    Where neither is within reach the lake has changed (eval.changing), and is forgotten.
+    Where neither is within reach it forgets all: the lake may have changed (eval.changing).
     """
 
     UNTRIED = 1000.0  # hops: farther than any known goal

@@ -327,12 +327,12 @@ class InContext:
 
 
 def check_context(encoder, context: int, max_steps: int):
-    """ValueError if so many tokens have no room for an episode and, when full, to forget."""
+    """ValueError if an episode may outgrow the KEPT share of so many tokens."""
     kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
     step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
     if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3 for what ends it
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
-        raise ValueError(f"{few}: ask for {needed} --tokens, or for fewer --max-steps.")
+        raise ValueError(f"{few}: ask for {needed}, or for fewer --max-steps.")
 
 
 def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability, **kind):
@@ -376,7 +376,7 @@ class Recipe:
     lakes: int = setting(256, "lakes in a collection", 1)
     episodes: int = setting(100, "episodes of Q-learning on each lake", 1)
     collection_steps: int = setting(128, "steps before the next collection", 1)
-    late_from: float = setting(0.6, "share of the training before all that is late", 0, 1)
+    late_from: float = setting(0.6, "share of the training after which data are late", 0, 1)
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
     hard: float = setting(0.0, "share of late lakes of the largest size, goals far away", 0, 1)
     shuffled: float = setting(0.0, "share of lakes with numbers and words of their own", 0, 1)

@@ -89,7 +89,7 @@ def new_worlds(recipe, count, progress, rng):
     late, easy = progress >= recipe.late_from, 0
     if progress < recipe.easy_until:
         easy = round(count * (1 - progress / recipe.easy_until))
-    hard = round(count * recipe.hard * late)
+    hard = round((count - easy) * recipe.hard * late)
     lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
     lakes += random_lakes(count - easy - hard, rng, recipe.sides, recipe.min_hops, test=False)
     if hard:
