@@ -198,7 +198,8 @@ def our_playing(which: str = "", trials: int = 50):
     """The network that is shipped here, or that in another folder, or IA3 on one of the shapes."""
     run = run_of(which) if which in SHAPES else icrl.load_run(SHIPPED, DEVICE)
     if which.endswith("/hour"):
-        run = run._replace(network=icrl.QNetwork(load_llama(which, device=DEVICE), range(4)))
+        network = icrl.QNetwork(load_llama(which, device=DEVICE), range(4))
+        run = run._replace(network=network, recipe=replace(run.recipe, late_tokens=512))
     lakes = test_lakes(trials, (3, 5), 4)
     what = (run, lakes, 0)
     if which == "before":
