@@ -19,10 +19,7 @@ from train import kept_bytes
 DTYPE = torch.bfloat16
 CHECKPOINTS = {  # LlamaConfig's sizes, whether the vocabulary is tied, tokens of a slice
     "SmolLM2-135M-Instruct": ((49_152, 576, 1536, 30, 9, 3, 64), True, 4096),
-    "SmolLM2-360M-Instruct": ((49_152, 960, 2560, 32, 15, 5, 64), True, 4096),
-    "TinyLlama-1.1B-Chat": ((32_000, 2048, 5632, 22, 32, 4, 64), False, 2048),
     "Llama-3.2-1B-Instruct": ((128_256, 2048, 8192, 16, 32, 8, 64), True, 4096),
-    "SmolLM2-1.7B-Instruct": ((49_152, 2048, 8192, 24, 32, 32, 64), True, 4096),
     "Llama-3.2-3B-Instruct": ((128_256, 3072, 8192, 28, 24, 8, 128), True, 4096),
     "Llama-3.1-8B-Instruct": ((128_256, 4096, 14_336, 32, 32, 8, 128), False, 4096),
     "Llama-3.3-70B-Instruct": ((128_256, 8192, 28_672, 80, 64, 8, 128), False, 4096),
