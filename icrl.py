@@ -39,7 +39,7 @@ from ia3 import IA3, PEFT_CONFIG
 from llama import KVCache, Llama, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer
 from llama import reading
 
-SHIPPED = Path(__file__).parent / "results/general"  # it comes with the project
+SHIPPED = Path(__file__).parent / "results/general"
 
 
 # ---- transcript to tokens

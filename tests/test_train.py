@@ -126,7 +126,8 @@ def test_no_lake_of_a_training_is_a_test_lake(finished, monkeypatch):
         train, "worlds", lambda lakes, *rest: seen.extend(lakes) or worlds(lakes, *rest)
     )
     run = run._replace(recipe=replace(run.recipe, sides=(3, 3), min_hops=1, lakes=200))
-    _ = next(train.collect(run, 0)), next(train.collect(run, 5))  # early and late
+    early, late = next(train.collect(run, 0)), next(train.collect(run, 5))
+    assert (early.tokens.shape, late.tokens.shape) == ((4, 64), (2, 128))  # as many tokens
     tests = set(evaluation.test_lakes(3000, (3, 3), 2))
     others = random_lakes(200, np.random.default_rng(0), (3, 3), 2, test=True)
     assert len(seen) > 400
