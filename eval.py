@@ -1,7 +1,7 @@
 """Look at what was learned: play lakes that no training saw.
 
     python eval.py [RUN] [EXPERIMENT]         RUN: by default the shipped one
-    python eval.py RUN RUN ... compare [EXPERIMENT]    figures 3 and 6: several runs side by side
+    python eval.py RUN RUN ... [compare] [EXPERIMENT]  figures 3 and 6: several runs side by side
     python eval.py [RUN] --watch              one trial, step by step, with its Q-values
 
     unseen        figure 3: the return rises from episode to episode
@@ -266,7 +266,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     down, right = np.transpose(DIRECTIONS)[:, env.words[0, best]]
     row, column = np.divmod(np.arange(len(tiles)), lake.width)
     axes.clear()
-    shades = ["H  SFG".index(letter) for letter in lake.tiles]
+    shades = ["H  SFG".index(letter) for letter in lake.tiles]  # from dark to bright
     axes.imshow(np.reshape(shades, (-1, lake.width)), "Blues_r")
     for where in zip(column - 0.42, row - 0.25, lake.tiles):
         axes.text(*where)

@@ -66,7 +66,7 @@ def grid_moves(height, width):
 
 
 def hops(moves, distance):
-    """Fewest steps from each tile on, given a first `distance` (N, S): 0 at goals, inf if unknown.
+    """Fewest steps from each tile on, from a first guess (N, S): 0 at goals, inf where unknown.
 
     moves (N, S, A): where each action leads, -1 if that is unknown or nowhere.
     """
@@ -123,7 +123,7 @@ def random_graphs(count: int, rng) -> list[Lake]:
         size = rng.integers(9, 26)
         links = rng.integers(size, size=(100, size, len(ACTIONS)))
         tiles, kept = random_tiles(links, 3, rng)
-        for i in np.flatnonzero(kept)[:1]:  # one a size drawn: large ones are kept oftener
+        for i in np.flatnonzero(kept)[:1]:  # of more, large ones would prevail: they pass oftener
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
@@ -150,7 +150,7 @@ class FrozenLake:
     def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=(), words=range(4), slippery=False):
         numbers = numbers or [np.arange(lake.tiles.size) for lake in lakes]
         size = 1 + max(number.max() for number in numbers)  # S
-        self.rng, self.max_steps, self.lake = rng, max_steps, np.arange(len(lakes))
+        self.rng, self.max_steps, self.row = rng, max_steps, np.arange(len(lakes))
         self.numbers = numbers
         self.words = np.broadcast_to(words, (len(lakes), len(ACTIONS)))
         self.slippery = np.broadcast_to(slippery, len(lakes))
@@ -166,7 +166,7 @@ class FrozenLake:
         self.reset(np.ones(len(lakes), bool))
 
     def __len__(self):
-        return len(self.lake)
+        return len(self.row)
 
     def reset(self, rows):
         """Begin an episode at a uniformly drawn start in some rows, bool (N,); all states (N,)."""
@@ -179,14 +179,14 @@ class FrozenLake:
 
     def step(self, actions):
         """Take actions (N,); states, rewards float32, terminated bool, truncated bool, all (N,)."""
-        before, direction = self.state, self.words[self.lake, actions]
+        before, direction = self.state, self.words[self.row, actions]
         if self.slippery.any():
             sideways = self.rng.integers(-1, 2, len(self))
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
-        self.state = self.moves[self.lake, before, direction]
+        self.state = self.moves[self.row, before, direction]
         self.steps += 1
-        rewards = self.goal[self.lake, self.state] & (self.state != before)  # paid on entering
-        terminated = self.end[self.lake, self.state]
+        rewards = self.goal[self.row, self.state] & (self.state != before)  # paid on entering
+        terminated = self.end[self.row, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
         return self.state, rewards.astype(np.float32), terminated, truncated
 
@@ -277,29 +277,28 @@ class TabularQ:
     """Q-learning (Watkins 1989) on every lake at once, starting from zeros.
 
     In episode e it acts greedily with probability `greedy(e)`, (N,), otherwise at random.
-    Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)); a hole or a goal has no value, a
-    tile that was reached when the step limit came has.
+    Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)); no max at a hole or a goal.
     """
 
     def __init__(self, env, rng, greedy, gamma=0.9, rate=0.5):
         self.q = np.zeros(env.moves.shape)  # (N, S, A)
-        self.lake, self.rng = np.arange(len(env)), rng
+        self.row, self.rng = np.arange(len(env)), rng
         self.greedy, self.gamma, self.rate = greedy, gamma, rate
 
     def act(self, state, episode):
         ties = 1e-9 * self.rng.random((len(state), len(ACTIONS)))
-        best = np.argmax(self.q[self.lake, state] + ties, axis=1)
+        best = np.argmax(self.q[self.row, state] + ties, axis=1)
         greedily = self.rng.random(len(state)) < self.greedy(episode)
         return np.where(greedily, best, self.rng.integers(0, len(ACTIONS), len(state)))
 
     def learn(self, step):
-        value = np.where(step.terminated, 0.0, self.q[self.lake, step.successor].max(1))
-        taken = (self.lake, step.state, step.action)
+        value = np.where(step.terminated, 0.0, self.q[self.row, step.successor].max(1))
+        taken = (self.row, step.state, step.action)
         error = step.reward + self.gamma * value - self.q[taken]
         self.q[taken] += np.where(step.playing, self.rate * error, 0)
 
 
-class Planner(RandomPlayer):
+class Planner(RandomPlayer):  # for its `learn`
     """The best possible player: it knows the lake, and iterates values over the steps left."""
 
     def __init__(self, env, rng):
@@ -307,7 +306,7 @@ class Planner(RandomPlayer):
         value, slip = np.zeros(env.tiles.shape), env.slippery[:, None, None] / 3
         for _ in range(env.max_steps):
             worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))
-            worth = worth[env.lake[:, None, None], env.moves]  # (N, S, A)
+            worth = worth[env.row[:, None, None], env.moves]  # (N, S, A)
             sideways = np.roll(worth, 1, axis=-1) + np.roll(worth, -1, axis=-1)
             worth = (1 - 2 * slip) * worth + slip * sideways
             self.best.append(worth.argmax(-1))
@@ -315,7 +314,7 @@ class Planner(RandomPlayer):
 
     def act(self, state, episode):
         left = self.env.max_steps - self.env.steps
-        direction = np.array(self.best)[left - 1, self.env.lake, state]
+        direction = np.array(self.best)[left - 1, self.env.row, state]
         return (self.env.words == direction[:, None]).argmax(1)
 
 
@@ -330,25 +329,25 @@ class Explorer:
 
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried
-        self.worth = np.full(env.goal.shape, np.nan)  # (N, S) 0: a goal, inf: a hole, nan: neither
-        self.lake, self.rng = np.arange(len(env)), rng
+        self.ends = np.full(env.goal.shape, np.nan)  # (N, S) 0: a goal, inf: a hole, nan: neither
+        self.row, self.rng = np.arange(len(env)), rng
 
     def act(self, state, episode):
         untried = np.where((self.known < 0).any(-1), self.UNTRIED, np.inf)
-        distance = hops(self.known, np.where(np.isnan(self.worth), untried, self.worth))
-        lost = np.isinf(distance[self.lake, state])
-        self.known[lost], self.worth[lost] = -1, np.nan
-        successor = self.known[self.lake, state]  # (N, A)
-        onward = 1 + distance[self.lake[:, None], successor]
+        distance = hops(self.known, np.where(np.isnan(self.ends), untried, self.ends))
+        lost = np.isinf(distance[self.row, state])
+        self.known[lost], self.ends[lost] = -1, np.nan
+        successor = self.known[self.row, state]  # (N, A)
+        onward = 1 + distance[self.row[:, None], successor]
         cost = np.where(successor < 0, self.UNTRIED, onward)
         return np.argmin(cost + 1e-9 * self.rng.random(cost.shape), axis=1)
 
     def learn(self, step):
         outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), np.nan)
-        row = self.lake[step.playing]
-        self.worth[row, step.state[row]] = np.nan  # who acts on a tile sees that it is no end
+        row = self.row[step.playing]
+        self.ends[row, step.state[row]] = np.nan  # who acts on a tile sees that it is no end
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
-        self.worth[row, step.successor[row]] = outcome[row]
+        self.ends[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
         self.known[row, step.successor[row]] = -1  # nothing leads on from an end
 

@@ -191,15 +191,15 @@ class QNetwork(nn.Module):
     def __init__(self, llama: Llama, action_tokens: list[int], adapter=None):
         super().__init__()
         self.llama, self.adapter = llama, adapter
-        ids = torch.tensor(action_tokens, device=llama.vocabulary.device)  # (A,)
+        ids = torch.tensor(action_tokens, device=llama.unembedding.device)  # (A,)
         self.register_buffer("action_tokens", ids, persistent=False)  # moves with the weights
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
 
     def forward(self, tokens: Tensor, positions: Tensor, cache=None) -> Tensor:
-        """Q-values (B, N, A), float32, at the positions (B, N) of tokens (B, T)."""
+        """Q-values (B, N, A), float32, at positions (B, N) of these tokens (B, T)."""
         hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
         read = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, N, D)
-        return F.linear(read.float(), self.llama.vocabulary[self.action_tokens].float())
+        return F.linear(read.float(), self.llama.unembedding[self.action_tokens].float())
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer changes: an adapter's vectors, or else every weight."""
@@ -241,7 +241,7 @@ def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float):
 
 
 # ---- playing
-CHUNK = 32  # tokens that all trials may read together; a step takes fewer
+CHUNK = 32  # most tokens of a trial that are read beside the others'; a step takes fewer
 KEPT = 0.75  # of a full context when its oldest episodes are forgotten
 
 
@@ -257,9 +257,9 @@ class InContext:
     """The network of a Run as a player of `roll_out`: its transcript is all that it remembers.
 
     Each trial has a context of its own, which may begin with `given` episodes, [trial][episode].
-    One that would outgrow a slice loses its oldest episodes, a quarter of it at least, and the rest
-    is read anew. In episode e the network chooses with the chance `probability(e)`, arrays (N,),
-    and else a coin.
+    One that would outgrow `recipe.context` loses its oldest episodes, a quarter of it at least, and
+    the rest is read anew. In episode e the network chooses with the chance `probability(e)`, arrays
+    (N,), and else a coin.
     """
 
     def __init__(self, run, env, rng, probability=model_probability, given=None):
@@ -280,7 +280,7 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # a finished trial has nothing unread; once half are finished, their rows are dropped
+        # finished trials come to have nothing unread; once they are half, their rows are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -339,11 +339,11 @@ def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_p
     """One trial a lake, as InContext, roll_out and `worlds` say; the episodes, [trial][episode]."""
     rng, played, side_by_side = np.random.default_rng(seed), [], len(lakes)
     llama = run.network.llama
-    if llama.vocabulary.is_cuda:  # as many as its memory holds
+    if llama.unembedding.is_cuda:  # as many as its memory holds
         one = KVCache(llama, 1, run.recipe.context + CHUNK, device="meta")
-        free, _ = torch.cuda.mem_get_info(llama.vocabulary.device)
-        each = 3 * one.keys.nbytes  # keys, values, and a copy of half of the rows
-        side_by_side = max(1, int(0.8 * free / each))
+        free, _ = torch.cuda.mem_get_info(llama.unembedding.device)
+        each = 4 * one.keys.nbytes  # keys, values, a copy of half of the rows, and some room
+        side_by_side = max(1, free // each)
     for start in range(0, len(lakes), side_by_side):
         part = slice(start, start + side_by_side)
         env = worlds(lakes[part], rng, run.recipe.max_steps, **kind)
@@ -369,7 +369,7 @@ class Recipe:
     layers: int = setting(2, "decoder layers of a new network", 1)
     width: int = setting(64, "model dimension of a new network", 1)
     heads: int = setting(2, "attention heads of a new network", 1)
-    # the data, as train.collect makes it
+    # the data, as train.collect makes it; late: after `late_from` of the training
     sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake")
     min_hops: int = setting(4, "fewest steps from a start to a goal")
     easy_until: float = setting(0.4, "share of the training over which easy lakes disappear", 0, 1)
@@ -378,11 +378,11 @@ class Recipe:
     collection_steps: int = setting(128, "steps before the next collection", 1)
     late_from: float = setting(0.6, "share of the training after which data are late", 0, 1)
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
-    hard: float = setting(0.0, "share of late lakes of the largest size, goals far away", 0, 1)
+    hard: float = setting(0.0, "share of late lakes that are large, goals 3 hops farther", 0, 1)
     shuffled: float = setting(0.0, "share of lakes with numbers and words of their own", 0, 1)
-    windows: float = setting(0.0, "share of other late lakes, parts of 7 x 7 maps", 0, 1)
+    windows: float = setting(0.0, "share of late lakes not shuffled: parts of larger maps", 0, 1)
     slippery: float = setting(0.0, "share of lakes on slippery ice", 0, 1)
-    quality: str = setting("mid", "episodes that are likelier to be drawn", choices=list(QUALITY))
+    quality: str = setting("mid", "high: successes are drawn oftener", choices=list(QUALITY))
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)
     # the optimisation
     steps: int = setting(8400, "optimizer steps", 1)
@@ -408,9 +408,9 @@ class Recipe:
         for f in fields(self):
             value, needed = getattr(self, f.name), ""
             (low, high), choices = f.metadata["bounds"], f.metadata["choices"]
-            pair = f.default, value  # of one type, their parts too; an int may stand for a float
-            kinds = [[*map(type, x)] if isinstance(x, tuple) else type(x) for x in pair]
-            if kinds[0] != kinds[1] and kinds != [float, int]:
+            both = f.default, value
+            wanted, found = ([*map(type, x)] if type(x) is tuple else type(x) for x in both)
+            if found != wanted and (wanted, found) != (float, int):  # 1 may stand for 1.0
                 needed = f"like {f.default!r}"
             elif low is not None and not (low <= value <= high and value < math.inf):
                 needed = f"in {low} to {high}"

@@ -111,14 +111,14 @@ class KVCache:
     """
 
     def __init__(self, llama, rows: int, slots: int, device=None):
-        config, like = llama.config, llama.vocabulary
+        config, like = llama.config, llama.unembedding
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
         self.keys = like.new_zeros(shape, device=device)  # (L, B, K, S, hd)
         self.values = torch.zeros_like(self.keys)
         self.lengths = like.new_zeros(rows, dtype=torch.long, device=device)  # (B,)
 
     def __getitem__(self, rows: slice | list[int]) -> "KVCache":
-        """Some rows: a slice gives a view, to be fed in their place, and a list gives a copy."""
+        """Some rows: a list gives a copy; a slice a view, and what that is fed lands here too."""
         part = object.__new__(KVCache)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
         part.lengths = self.lengths[rows]
@@ -219,7 +219,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def vocabulary(self) -> Tensor:
+    def unembedding(self) -> Tensor:
         """The matrix (vocab_size, D) whose product with a hidden state gives the logits."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
@@ -295,7 +295,7 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
     config, folder = load_config(source, revision)
     with torch.device("meta"):  # no memory of its own: it takes over the tensors of the files
         llama = Llama(config)
-    folder = fetch(source, "model*.safetensors", revision=folder.name)  # the commit
+    folder = fetch(source, "model*.safetensors", revision=folder.name)  # the commit is its name
     tensors = {}
     paths = sorted(folder.glob("model*.safetensors"))
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):
@@ -320,15 +320,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def complete(source: str, prompt: str, count: int = 40) -> str:
     """The prompt and the `count` likeliest tokens after it, one by one."""
     tokenizer, llama = load_tokenizer(load_config(source)[1]), load_llama(source, device=DEVICE)
-    text = tokenizer.encode(prompt).ids
-    cache = KVCache(llama, 1, len(text) + count)
-    chunk = torch.tensor([text], device=DEVICE)  # (1, T), and (1, 1) from then on
+    ids = tokenizer.encode(prompt).ids
+    cache = KVCache(llama, 1, len(ids) + count)
+    chunk = torch.tensor([ids], device=DEVICE)  # (1, T), and (1, 1) from then on
     for _ in range(count):
         hidden = llama(chunk, cache=cache)[:, -1]  # (1, D)
         cache.lengths += chunk.shape[1]
-        chunk = (hidden @ llama.vocabulary.T).argmax(-1, keepdim=True)  # (1, 1)
-        text.append(chunk.item())
-    return tokenizer.decode(text)
+        chunk = (hidden @ llama.unembedding.T).argmax(-1, keepdim=True)  # (1, 1)
+        ids.append(chunk.item())
+    return tokenizer.decode(ids)
 
 
 def device(name: str) -> str:

@@ -58,7 +58,7 @@ PAPER = Recipe(
 
 # ---- the data
 def collect(run, number: int) -> Iterator[Batch]:
-    """New lakes, Q-learning's episodes on them in shuffled sets, and late the network's own trials.
+    """New lakes, Q-learning's episodes on them in sets and, once late, the network's own trials.
     All follows from the recipe, the number and the network that plays.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
@@ -108,20 +108,21 @@ def own_trials(run, number: int) -> list[list[Episode]]:
     env = new_worlds(recipe, 64, progress=1.0, rng=rng)
 
     def probability(episode):
-        return np.where(env.lake % 2, model_probability(episode), 1.0)
+        return np.where(env.row % 2, model_probability(episode), 1.0)
 
     a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
     steps = 4 * recipe.context // (5 * a_step)  # the rest is for episodes' ends
-    return roll_out(env, InContext(run, env, rng, probability), episodes=steps, limit=steps)
+    return roll_out(env, InContext(run, env, rng, probability), math.inf, limit=steps)
 
 
 # ---- the network
 def new_network(recipe, encoder) -> QNetwork:
     """A small Llama with random weights: deviation 0.02, less where a layer adds to its input."""
-    vocabulary, D, heads = encoder.tokenizer.get_vocab_size(), recipe.width, recipe.heads
+    vocab_size, D, heads = encoder.tokenizer.get_vocab_size(), recipe.width, recipe.heads
     if D % (2 * heads):
         raise ValueError(f"--width has to be a multiple of {2 * heads}, twice --heads.")
-    llama = Llama(LlamaConfig(vocabulary, D, 3 * D, recipe.layers, heads, heads, D // heads))
+    sizes = (vocab_size, D, 3 * D, recipe.layers, heads, heads, D // heads)
+    llama = Llama(LlamaConfig(*sizes, max_position_embeddings=max(2048, recipe.context)))
     generator = torch.Generator().manual_seed(recipe.seed)
     for name, p in llama.named_parameters():
         if p.ndim == 2:
@@ -194,7 +195,7 @@ def train(run, args):
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     tokens = max(at_once * recipe.tokens, recipe.context)
-    kept = kept_bytes(llama.config, tokens, llama.vocabulary.dtype)
+    kept = kept_bytes(llama.config, tokens, llama.unembedding.dtype)
     llama.checkpointing = kept > free
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
     # own trials are played by the weights at a collection's start: a resumed run must begin there
@@ -322,14 +323,14 @@ def recipe_of(args) -> Recipe:
         raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
     if not args.model:
         return Recipe(**given)
-    base, run = Path(args.model), None
-    if base.is_dir():
-        given["model"], run = str(base.resolve()), read_recipe(base)
-    if run is None:
+    folder, base = Path(args.model), None
+    if folder.is_dir():
+        given["model"], base = str(folder.resolve()), read_recipe(folder)
+    if base is None:  # no run of ours
         return replace(PAPER, **given)
-    if run.model:
+    if base.model:
         raise ValueError(f"{args.model} is itself an adapter: name its base.")
-    return replace(run, **ADAMW | given)  # the run's data, the paper's optimiser
+    return replace(base, **ADAMW | given)  # the run's data, the paper's optimiser
 
 
 def begin(recipe, folder, device) -> Run:

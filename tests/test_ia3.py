@@ -56,8 +56,8 @@ def test_files_logits_and_gradients_are_those_of_peft(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     loaded = IA3(ours.config).from_peft(load_tensors(tmp_path / "theirs" / ADAPTER))
     assert all(map(torch.equal, loaded.parameters(), adapter.parameters()))
-    found, expected = ours(TOKENS, loaded) @ ours.vocabulary.T, theirs(TOKENS).logits
-    assert (ours(TOKENS) @ ours.vocabulary.T - expected).abs().max() > 0.1
+    found, expected = ours(TOKENS, loaded) @ ours.unembedding.T, theirs(TOKENS).logits
+    assert (ours(TOKENS) @ ours.unembedding.T - expected).abs().max() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     for values in (found, expected):
         values.tanh().square().sum().backward()

@@ -86,7 +86,7 @@ def q_of(run: Run, text: str) -> np.ndarray:
     (tokens, (where,)), llama = read(run.encoder, text), run.network.llama
     begin = text[: re.search("|".join(ACTIONS), text).start()]
     words = [int(read(run.encoder, begin + word)[0][0, where[0] + 1]) for word in ACTIONS]
-    return (llama(tokens, run.network.adapter)[0, where] @ llama.vocabulary[words].T).numpy()
+    return (llama(tokens, run.network.adapter)[0, where] @ llama.unembedding[words].T).numpy()
 
 
 def test_the_templates_are_the_notebooks_text_in_the_markers_of_the_vocabulary():

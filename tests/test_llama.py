@@ -80,12 +80,12 @@ def test_checkpoints_of_transformers_load_and_compute_the_same(changes, dtype, t
     for name, weight in ours.state_dict().items():
         assert weight.dtype == dtype
         assert torch.equal(weight, theirs.state_dict()[name])
-    found, expected = ours(TOKENS) @ ours.vocabulary.T, theirs(TOKENS).logits
+    found, expected = ours(TOKENS) @ ours.unembedding.T, theirs(TOKENS).logits
     assert expected.std() > 0.5
     assert_same(found, expected, atol=max(1e-4, 4 * torch.finfo(dtype).eps))
     ours, theirs = load_llama(str(tmp_path), torch.float32), read(tmp_path, dtype=torch.float32)
     ours.checkpointing = dtype == torch.float16
-    for values in (ours(TOKENS) @ ours.vocabulary.T, theirs(TOKENS).logits):
+    for values in (ours(TOKENS) @ ours.unembedding.T, theirs(TOKENS).logits):
         values.tanh().square().sum().backward()
     for name, parameter in ours.named_parameters():
         gradient = theirs.get_parameter(name).grad

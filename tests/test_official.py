@@ -148,7 +148,7 @@ def test_bfloat16_and_chatml_train_too(tmp_path, capsys):
     train.main([*flags, "--out", str(tmp_path / "run")])
     assert r"<|im_start|>action\ndown<|im_end|>\n" in capsys.readouterr().out
     network = load_run(tmp_path / "run").network
-    assert network.llama.vocabulary.dtype == torch.bfloat16
+    assert network.llama.unembedding.dtype == torch.bfloat16
     assert {vector.dtype for vector in network.adapter.parameters()} == {torch.float32}
 
 
