@@ -159,9 +159,9 @@ def changing(run, folder, trials, seed):
     """Figure 7: after 30 episodes each lake is another one, and nobody says so."""
     lakes = test_lakes(2 * trials, run.recipe.sides, run.recipe.min_hops)
     before, after = lakes[:trials], lakes[trials:]
-    first = play(run, before, seed)
-    second = play(run, after, seed, first=30, given=first)  # all that it remembers
-    played = {TRANSFORMER: [one + other for one, other in zip(first, second)]}
+    earlier = play(run, before, seed)
+    later = play(run, after, seed, first=30, given=earlier)  # given: all that it remembers
+    played = {TRANSFORMER: [one + other for one, other in zip(earlier, later)]}
     played |= by_references(run, seed, before, after)
     report(folder, "changing", f"{trials} lakes that change after episode 29", played)
 

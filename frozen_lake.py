@@ -66,7 +66,7 @@ def grid_moves(height, width):
 
 
 def hops(moves, distance):
-    """Fewest steps from each tile on, from a first guess (N, S): 0 at goals, inf where unknown.
+    """Fewest steps from each tile on, from an upper bound (N, S): 0 at goals, else inf or penalty.
 
     moves (N, S, A): where each action leads, -1 if that is unknown or nowhere.
     """
@@ -192,8 +192,8 @@ class FrozenLake:
 
 
 def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The lakes' environment. `shuffled` of them have tile numbers drawn from 0 to 48 and words of
-    random directions, `windows` of the others a `window`; `slippery` of all are slippery.
+    """The lakes' environment. A share `shuffled` of them has tile numbers drawn from 0 to 48, and
+    words of random directions; a share `windows` of the others a `window`; `slippery` of all slip.
     """
     numbers = [np.arange(lake.tiles.size) for lake in lakes]
     words = [np.arange(len(ACTIONS)) for _ in lakes]
@@ -328,7 +328,7 @@ class Explorer:
     UNTRIED = 1000.0  # hops: farther than any known goal
 
     def __init__(self, env, rng):
-        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried
+        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried, or an end
         self.ends = np.full(env.goal.shape, np.nan)  # (N, S) 0: a goal, inf: a hole, nan: neither
         self.row, self.rng = np.arange(len(env)), rng
 

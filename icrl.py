@@ -5,8 +5,8 @@
 The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
 lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
 bad, a network has to work out from tau which lake this is: so it plays better, the longer tau gets.
-For training, 20 to 40 episodes of a lake, in random order so that the place of an episode does not
-tell how good its player was, are a *set*; sets of many lakes are cut into *slices* of T tokens.
+For training, 20 to 40 episodes of a lake, in random order lest their places tell how good their
+player was, are a *set*, as is a trial; sets of many lakes are cut into *slices* of T tokens.
 
 Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words;
 the small network's text has no role headers; a full context forgets its oldest episodes.
@@ -241,7 +241,7 @@ def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float):
 
 
 # ---- playing
-CHUNK = 32  # most tokens of a trial that are read beside the others'; a step takes fewer
+CHUNK = 32  # trials are read side by side, padded to at most so much; longer texts alone
 KEPT = 0.75  # of a full context when its oldest episodes are forgotten
 
 
@@ -273,7 +273,7 @@ class InContext:
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = np.arange(len(env))  # (rows,) the trial of each row of the cache
-        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)
+        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # + padding
 
     @torch.inference_mode()
     def act(self, state, episode):
@@ -369,7 +369,7 @@ class Recipe:
     layers: int = setting(2, "decoder layers of a new network", 1)
     width: int = setting(64, "model dimension of a new network", 1)
     heads: int = setting(2, "attention heads of a new network", 1)
-    # the data, as train.collect makes it; late: after `late_from` of the training
+    # the data, as train.collect makes it; late: collections begun after `late_from`
     sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake")
     min_hops: int = setting(4, "fewest steps from a start to a goal")
     easy_until: float = setting(0.4, "share of the training over which easy lakes disappear", 0, 1)
@@ -380,7 +380,7 @@ class Recipe:
     own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
     hard: float = setting(0.0, "share of late lakes that are large, goals 3 hops farther", 0, 1)
     shuffled: float = setting(0.0, "share of lakes with numbers and words of their own", 0, 1)
-    windows: float = setting(0.0, "share of late lakes not shuffled: parts of larger maps", 0, 1)
+    windows: float = setting(0.0, "share of other late lakes numbered as in a larger map", 0, 1)
     slippery: float = setting(0.0, "share of lakes on slippery ice", 0, 1)
     quality: str = setting("mid", "high: successes are drawn oftener", choices=list(QUALITY))
     max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)

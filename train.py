@@ -59,7 +59,7 @@ PAPER = Recipe(
 # ---- the data
 def collect(run, number: int) -> Iterator[Batch]:
     """New lakes, Q-learning's episodes on them in sets and, once late, the network's own trials.
-    All follows from the recipe, the number and the network that plays.
+    All follows from the recipe, the number, the process and the network that plays.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
@@ -77,7 +77,7 @@ def collect(run, number: int) -> Iterator[Batch]:
                 by_network = own and rng.random() < recipe.own
                 yield next(own) if by_network else draw_set(played[lake], rng, recipe.quality)
 
-    stream, length = sets(), recipe.context if late else recipe.tokens
+    stream, length = sets(), (recipe.context if late else recipe.tokens)
     mine = range(max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE))
     for _ in range(recipe.collection_steps):
         slices = [encode_slice(run.encoder, stream, length, recipe.gamma) for _ in mine]
