@@ -118,6 +118,14 @@ def test_ia3_trains_the_vectors_alone_and_evaluation_replays_runs(finished, tmp_
         assert contents(out) == {name: files[name] for name in ("curve.csv", "curve.png")}
 
 
+def test_a_run_with_long_slices_is_a_base_too(tmp_path):
+    """Its config.json says that it knows them, so --model does not refuse its own recipe."""
+    short = ("--steps", 1, "--collection-steps", 1, "--trials", 1)
+    go(train, *SMALL, *short, "--tokens", 2500, "--late-tokens", 0, "--out", tmp_path / "base")
+    go(train, "--model", tmp_path / "base", *short, "--out", tmp_path / "adapted")
+    assert load_run(tmp_path / "adapted").recipe.context == 2500
+
+
 def test_no_lake_of_a_training_is_a_test_lake(finished, monkeypatch):
     """Neither easy, hard and other lakes nor own trials' are, though there are few of this size.
     Shuffled ones are of the same lakes. No graph is in it."""
