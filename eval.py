@@ -1,19 +1,19 @@
 """Look at what was learned: play lakes that no training saw.
 
-    python eval.py [RUN] [EXPERIMENT]         RUN: by default the shipped one
-    python eval.py RUN RUN ... [compare] [EXPERIMENT]  figures 3 and 6: several runs side by side
-    python eval.py [RUN] --watch              one trial, step by step, with its Q-values
+    python eval.py [RUN] [EXPERIMENT]    RUN: by default the shipped one
+    python eval.py RUN RUN ... [compare] [EXPERIMENT]    figures 3 and 6: several runs side by side
+    python eval.py [RUN] --watch         one trial, step by step, with its Q-values
 
-    unseen        figure 3: the return rises from episode to episode
-    larger        figure 4: lakes of 6-7 tiles a side
-    stitching     figure 5: two given paths cross, one of which wins
-    changing      figure 7: each lake is another one from episode 30 on
-    exploration   section 4.6: no random action is ever forced
-    harder        5 x 5 tiles, goals 7 hops away or more
-    shuffled      tile numbers and action words that mean something else on each lake
-    graphs        no grid: any action leads anywhere
-    slippery      a step may go to either side
-    beliefs       figure 1, and the best action on each tile; --gif: a film
+    unseen       figure 3: the return rises from episode to episode
+    larger       figure 4: lakes of 6-7 tiles a side
+    stitching    figure 5: two given paths cross, one of which wins
+    changing     figure 7: each lake is another one from episode 30 on
+    exploration  section 4.6: no random action is ever forced
+    harder       5 x 5 tiles, goals 7 hops away or more
+    shuffled     tile numbers and action words that mean something else on each lake
+    graphs       no grid: any action leads anywhere
+    slippery     a step may go to either side
+    beliefs      figure 1, and the best action on each tile; --gif: a film
 
 No weight changes. Departures: 200 trials instead of 50, and other players beside.
 """
@@ -53,7 +53,7 @@ def test_lakes(count, sides, min_hops) -> list[Lake]:
     return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops, test=True)
 
 
-def by_references(run, seed, *stages: list[Lake], episodes=30, **kind):
+def by_references(run, seed, *stages, episodes=30, **kind):
     """What players without a network do on the lakes of one stage after another, by name."""
     played, best = {}, {BEST: Planner} if kind.get("slippery") else {}
     for name, make in (REFERENCES | best).items():
@@ -115,13 +115,13 @@ def plot(path, title, returns):
 
 
 def save_picture(path, figure):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150)
     print(f"Written: {path}")
 
 
 def report(folder, experiment, title, played):
-    """Print the table of an experiment; write curve.csv and, with matplotlib, curve.png."""
+    """Print the table; write curve.csv and, with matplotlib, curve.png."""
     returns = {name: returns_of(trials) for name, trials in played.items()}
     print(f"\n{title}\n\n{table(played)}\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def on_lakes(experiment, runs, folder, trials, seed):
     kind = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
     names = [str(run.folder) for run in runs] if len(runs) > 1 else [TRANSFORMER]
     played = {name: play(run, lakes, seed, **kind) for name, run in zip(names, runs)}
-    if len(runs) == 1 and experiment != "unseen":
+    if len(runs) == 1 and experiment != "unseen":  # so `exploration` is `unseen` and this
         played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **kind)
     played |= by_references(runs[0], seed, lakes, **kind)
     report(folder, experiment, f"{experiment}: {trials} worlds that no training saw", played)
@@ -181,7 +181,7 @@ def along(lake, start, actions):
 def crossing_paths(lake, rng):
     """A path from elsewhere to a goal and one from the only start into a hole that cross, or None.
 
-    Neither begins on the other: whoever starts on the losing path has to change over.
+    Neither begins on the other: who starts on the losing one can win only by changing over.
     """
     moves = np.where(np.isin(lake.tiles, ["H", "G"])[:, None], -1, lake.moves)
 
@@ -247,8 +247,8 @@ def watch(run, lake, seed):
     print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
     for number, episode in enumerate(episodes):
         print(f"\nepisode {number}\n  tile " + "".join(f"{f'Q({a})':>9}" for a in ACTIONS))
-        print("\n".join(lines[: len(episode.actions)]))
-        del lines[: len(episode.actions)]
+        for _ in episode.actions:
+            print(lines.pop(0))
         print(f"{draw(lake, episode.observations)}\nreturn {episode.total:.0f}")
     print("\nreturns: " + " ".join(f"{episode.total:.0f}" for episode in episodes))
 
@@ -270,7 +270,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     axes.imshow(np.reshape(shades, (-1, lake.width)), "Blues_r")
     for where in zip(column - 0.42, row - 0.25, lake.tiles):
         axes.text(*where)
-    onward = ~np.isin(lake.tiles, ["H", "G"])
+    onward = ~env.end[0, tiles]
     arrows = (x[onward] for x in (column, row, right, -down, value))
     axes.quiver(*arrows, pivot="mid", scale=2 * lake.width, cmap="YlOrRd", clim=(0, 1))
     path = [tiles.tolist().index(tile) for tile in episodes[number].observations]
@@ -295,7 +295,7 @@ def beliefs(run, path, lake, seed):
         return save_picture(path, figure)
     figure, film = Figure(figsize=(4, 4), layout="constrained"), PillowWriter(fps=2)
     axes = figure.subplots()
-    with replacing(path) as temporary, film.saving(figure, temporary, dpi=70):
+    with replacing(path) as new, film.saving(figure, new, dpi=70):
         for number in range(len(episodes)):
             draw_beliefs(axes, run, env, lake, episodes, number)
             film.grab_frame()
@@ -305,14 +305,15 @@ def beliefs(run, path, lake, seed):
 def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="*", metavar="RUN | EXPERIMENT", help="see above")
-    parser.add_argument("--watch", action="store_true", help="one trial step by step")
-    parser.add_argument("--gif", action="store_true", help="beliefs as a film")
-    parser.add_argument("--lake", type=int, default=0, help="the test lake to watch or draw")
-    parser.add_argument("--trials", type=int, default=200, help="test lakes to play")
-    parser.add_argument("--device", type=device, default=DEVICE)
-    parser.add_argument("--seed", type=int, default=0, help="of starts and coin tosses")
-    parser.add_argument("--out", type=Path, help="folder of the results")
+    add = parser.add_argument
+    add("what", nargs="*", metavar="RUN | EXPERIMENT", help="see above")
+    add("--watch", action="store_true", help="one trial step by step")
+    add("--gif", action="store_true", help="beliefs as a film")
+    add("--lake", type=int, default=0, help="the test lake to watch or draw")
+    add("--trials", type=int, default=200, help="test lakes to play")
+    add("--device", type=device, default=DEVICE)
+    add("--seed", type=int, default=0, help="of starts and coin tosses")
+    add("--out", type=Path, help="folder of the results")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]

@@ -1,6 +1,6 @@
 """Frozen Lake: the world, in numpy alone (section 4.1 of the paper).
 
-    python frozen_lake.py        draws a lake, and the returns of players that need no network
+    python frozen_lake.py    draws a lake, and the returns of players that need no network
 
 A player has `act(state, episode) -> action`, arrays (N,), and `learn(step)`; `roll_out` is the one
 loop in which all of them play, the transformer too (icrl.InContext).
@@ -29,12 +29,12 @@ class Lake:
     """A map: `rows` of equal length over S (start), F (frozen), H (hole), G (goal)."""
 
     rows: tuple[str, ...]
-    links: tuple = ()  # where each action leads from each tile, (tiles, A), if this is no grid
+    links: tuple = ()  # where each action leads from each tile, (tiles, A), if no grid
 
     def __post_init__(self):
         letters = set("".join(self.rows))
         if not {"S", "G"} <= letters <= set("SFHG") or len(set(map(len, self.rows))) != 1:
-            needed = "rows of equal length over S, F, H and G, with a start S and a goal G"
+            needed = "rows of equal length over S, F, H and G, with an S and a G"
             raise ValueError(f"{self.rows} is no lake: that takes {needed}.")
 
     @property
@@ -42,23 +42,23 @@ class Lake:
         return len(self.rows[0])
 
     @cached_property
-    def tiles(self) -> np.ndarray:
+    def tiles(self):
         """Letters, (height * width,): tile = row * width + column."""
         return np.array(list("".join(self.rows)))
 
     @cached_property
-    def moves(self) -> np.ndarray:
+    def moves(self):
         """Tiles that the four directions lead to, (tiles, A)."""
         return np.array(self.links or grid_moves(len(self.rows), self.width))
 
-    @cached_property
-    def is_test(self) -> bool:
-        """Whether this lake is set aside for tests: one in ten is, by a hash of its map."""
+    @property
+    def is_test(self):
+        """Whether it is set aside for tests: one lake in ten, by a hash of its map."""
         return zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
 
 
 def grid_moves(height, width):
-    """Where each action leads on a grid with walls around it: tiles (height * width, A)."""
+    """Where each action leads on a walled grid: tiles (height * width, A)."""
     row, column = np.divmod(np.arange(height * width)[:, None], width)  # (tiles, 1)
     down, right = np.transpose(DIRECTIONS)  # (A,)
     row, column = np.clip(row + down, 0, height - 1), np.clip(column + right, 0, width - 1)
@@ -66,9 +66,10 @@ def grid_moves(height, width):
 
 
 def hops(moves, distance):
-    """Fewest steps from each tile on, from an upper bound (N, S): 0 at goals, else inf or penalty.
+    """Fewest steps from each tile to a goal, (N, S).
 
-    moves (N, S, A): where each action leads, -1 if that is unknown or nowhere.
+    moves (N, S, A): where each action leads; -1: unknown, or nowhere. distance (N, S): 0 at goals,
+    elsewhere inf, or what it costs to end there.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -79,16 +80,15 @@ def hops(moves, distance):
         distance = nearer
 
 
-def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> list[Lake]:
+def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test) -> list[Lake]:
     """`count` lakes by the rules of the paper's notebook: all are test lakes, or none.
 
-    Width and height are uniform in `sides`. A tile is a start with probability 0.1, each remaining
-    one a goal with 0.1, each remaining one a hole with 0.2. A map is kept if it has a start and,
-    from every start, the nearest goal can be reached and is at least `min_hops` away.
-    Raises ValueError if there are (almost) none.
+    Width and height are uniform in `sides`. A tile is a start with probability 0.1, else a goal
+    with 0.1, else a hole with 0.2. A map is kept if it has a start and, from every start, the
+    nearest goal is in reach and at least `min_hops` away. ValueError if there are (almost) none.
     """
     low, high = sides
-    asked = f"lakes of {low} to {high} tiles a side with every goal {min_hops} or more hops away"
+    asked = f"lakes of {low} to {high} tiles a side with goals {min_hops} or more hops away"
     if not 2 <= low <= high <= 10 or not 1 <= min_hops < low * low:
         raise ValueError(f"There are no {asked}: take 2 to 10 tiles a side, and fewer hops.")
     lakes = []
@@ -103,7 +103,7 @@ def random_lakes(count: int, rng, sides=(3, 5), min_hops=4, *, test: bool) -> li
             maps = tiles[kept].reshape(-1, height, width)
             found += [Lake(tuple(map("".join, rows))) for rows in maps]
         lakes += [found[i] for i in rng.permutation(len(found)) if found[i].is_test == test]
-    raise ValueError(f"There are too few {asked}: ask for fewer hops, or for more tiles.")
+    raise ValueError(f"There are too few {asked}: ask for fewer hops, or more tiles.")
 
 
 def random_tiles(moves, min_hops, rng):
@@ -116,14 +116,14 @@ def random_tiles(moves, min_hops, rng):
     return tiles, start.any(1) & (far | ~start).all(1)
 
 
-def random_graphs(count: int, rng) -> list[Lake]:
+def random_graphs(count, rng) -> list[Lake]:
     """Worlds without a grid: any action on 9 to 25 tiles leads anywhere, goals are 3+ hops off."""
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
         links = rng.integers(size, size=(100, size, len(ACTIONS)))
         tiles, kept = random_tiles(links, 3, rng)
-        for i in np.flatnonzero(kept)[:1]:  # of more, large ones would prevail: they pass oftener
+        for i in np.flatnonzero(kept)[:1]:  # at most one: large ones pass oftener
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
@@ -131,8 +131,8 @@ def random_graphs(count: int, rng) -> list[Lake]:
 def window(lake, rng, side=7):
     """Tile numbers (tiles,) as if the lake were a part of a map of up to `side` tiles a side."""
     columns = rng.integers(lake.width, max(side, lake.width) + 1)
-    top = rng.integers(0, max(side - len(lake.rows), 0) + 1)
-    left = rng.integers(0, columns - lake.width + 1)
+    top = rng.integers(max(side - len(lake.rows), 0) + 1)
+    left = rng.integers(columns - lake.width + 1)
     row, column = np.divmod(np.arange(lake.tiles.size), lake.width)
     return (top + row) * columns + left + column
 
@@ -148,22 +148,22 @@ class FrozenLake:
     """
 
     def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=(), words=range(4), slippery=False):
-        numbers = numbers or [np.arange(lake.tiles.size) for lake in lakes]
-        size = 1 + max(number.max() for number in numbers)  # S
-        self.rng, self.max_steps, self.row = rng, max_steps, np.arange(len(lakes))
-        self.numbers = numbers
-        self.words = np.broadcast_to(words, (len(lakes), len(ACTIONS)))
-        self.slippery = np.broadcast_to(slippery, len(lakes))
-        self.tiles = np.full((len(lakes), size), "")  # (N, S), "" where no tile has the number
-        self.moves = np.zeros((len(lakes), size, len(ACTIONS)), int)  # (N, S, A)
-        for i, (lake, number) in enumerate(zip(lakes, numbers)):
+        N = len(lakes)
+        self.rng, self.max_steps, self.row = rng, max_steps, np.arange(N)
+        self.numbers = numbers or [np.arange(lake.tiles.size) for lake in lakes]
+        size = 1 + max(number.max() for number in self.numbers)  # S
+        self.words = np.broadcast_to(words, (N, len(ACTIONS)))
+        self.slippery = np.broadcast_to(slippery, N)
+        self.tiles = np.full((N, size), "")  # (N, S), "" where no tile has the number
+        self.moves = np.zeros((N, size, len(ACTIONS)), int)  # (N, S, A)
+        for i, (lake, number) in enumerate(zip(lakes, self.numbers)):
             self.tiles[i, number] = lake.tiles
             self.moves[i, number] = number[lake.moves]
         self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
         self.end = self.goal | (self.tiles == "H")
         self.moves = np.where(self.end[..., None], np.arange(size)[:, None], self.moves)
-        self.state, self.steps = np.zeros((2, len(lakes)), int)
-        self.reset(np.ones(len(lakes), bool))
+        self.state, self.steps = np.zeros((2, N), int)
+        self.reset(np.ones(N, bool))
 
     def __len__(self):
         return len(self.row)
@@ -192,8 +192,8 @@ class FrozenLake:
 
 
 def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The lakes' environment. A share `shuffled` of them has tile numbers drawn from 0 to 48, and
-    words of random directions; a share `windows` of the others a `window`; `slippery` of all slip.
+    """The lakes' environment. A share `shuffled` has tile numbers drawn from 0 to 48, and words of
+    random directions; a share `windows` of the others a `window`; `slippery` of all slip.
     """
     numbers = [np.arange(lake.tiles.size) for lake in lakes]
     words = [np.arange(len(ACTIONS)) for _ in lakes]
@@ -207,7 +207,7 @@ def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=
     return FrozenLake(lakes, rng, max_steps, numbers, words, slips)
 
 
-# One step on N lakes, each field (N,); not `playing` are lakes where all episodes were played.
+# One step on N lakes, each field (N,); `playing`: lakes with episodes left to play.
 Step = namedtuple("Step", "state action successor reward terminated truncated playing")
 
 
@@ -221,7 +221,7 @@ class Episode:
     truncated: bool = False  # whether the step limit cut it off
 
     @property
-    def total(self) -> float:
+    def total(self):
         """The undiscounted return."""
         return float(self.rewards.sum())
 
@@ -230,28 +230,27 @@ def roll_out(env, player, episodes, limit=math.inf, first=0) -> list[list[Episod
     """Let `player` play so many episodes on every lake of `env`, side by side; [lake][episode].
 
     No lake waits for another: `player.act` is told each one's present episode, counted from
-    `first`. After `limit` steps on each lake all end, and unfinished episodes are dropped.
+    `first`. After `limit` steps all end, and unfinished episodes are dropped.
     """
     episode, steps = np.full(len(env), first), []
     state = env.reset(np.ones(len(env), bool))
-    total = len(env) * episodes if limit == math.inf else None
-    bar = tqdm(total=total, desc="Playing", unit="episode", delay=5, leave=False)
+    bar = tqdm(total=len(env) * episodes, desc="Playing", unit="episode", delay=5, leave=False)
     while (playing := episode < first + episodes).any() and len(steps) < limit:
         action = player.act(state, episode)
-        successor, reward, terminated, truncated = env.step(action)
-        steps.append(Step(state, action, successor, reward, terminated, truncated, playing))
-        player.learn(steps[-1])
-        over = terminated | truncated
+        step = Step(state, action, *env.step(action), playing)
+        steps.append(step)
+        player.learn(step)
+        over = step.terminated | step.truncated
         state = env.reset(over)
         episode = episode + (over & playing)
-        bar.update(int((over & playing).sum()))
+        bar.update((over & playing).sum())
     bar.close()
     columns = (np.stack(column, axis=1) for column in zip(*steps))  # of each field: (N, steps)
     return [split(Step(*rows)) for rows in zip(*columns)]  # of each lake: a row of every field
 
 
-def split(steps) -> list[Episode]:
-    """The episodes that were played on one lake, from a Step with fields of (steps,)."""
+def split(steps):
+    """The episodes on one lake, from a Step with fields of (steps,)."""
     ends = 1 + np.flatnonzero((steps.terminated | steps.truncated) & steps.playing)
     episodes = []
     for begin, end in zip([0, *ends], ends):
@@ -282,12 +281,12 @@ class TabularQ:
 
     def __init__(self, env, rng, greedy, gamma=0.9, rate=0.5):
         self.q = np.zeros(env.moves.shape)  # (N, S, A)
-        self.row, self.rng = np.arange(len(env)), rng
+        self.row, self.rng = env.row, rng
         self.greedy, self.gamma, self.rate = greedy, gamma, rate
 
     def act(self, state, episode):
         ties = 1e-9 * self.rng.random((len(state), len(ACTIONS)))
-        best = np.argmax(self.q[self.row, state] + ties, axis=1)
+        best = (self.q[self.row, state] + ties).argmax(1)
         greedily = self.rng.random(len(state)) < self.greedy(episode)
         return np.where(greedily, best, self.rng.integers(0, len(ACTIONS), len(state)))
 
@@ -295,70 +294,69 @@ class TabularQ:
         value = np.where(step.terminated, 0.0, self.q[self.row, step.successor].max(1))
         taken = (self.row, step.state, step.action)
         error = step.reward + self.gamma * value - self.q[taken]
-        self.q[taken] += np.where(step.playing, self.rate * error, 0)
+        self.q[taken] += step.playing * self.rate * error
 
 
 class Planner(RandomPlayer):  # for its `learn`
     """The best possible player: it knows the lake, and iterates values over the steps left."""
 
     def __init__(self, env, rng):
-        self.env, self.best = env, []  # (N, S) directions, for 1 step left, 2, ...
+        self.env, self.best = env, []  # (N, S) directions after 0 steps, 1, ...
         value, slip = np.zeros(env.tiles.shape), env.slippery[:, None, None] / 3
         for _ in range(env.max_steps):
             worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))
             worth = worth[env.row[:, None, None], env.moves]  # (N, S, A)
-            sideways = np.roll(worth, 1, axis=-1) + np.roll(worth, -1, axis=-1)
+            sideways = np.roll(worth, 1, -1) + np.roll(worth, -1, -1)
             worth = (1 - 2 * slip) * worth + slip * sideways
-            self.best.append(worth.argmax(-1))
+            self.best.insert(0, worth.argmax(-1))
             value = worth.max(-1)
 
     def act(self, state, episode):
-        left = self.env.max_steps - self.env.steps
-        direction = np.array(self.best)[left - 1, self.env.row, state]
+        direction = np.array(self.best)[self.env.steps, self.env.row, state]
         return (self.env.words == direction[:, None]).argmax(1)
+
+
+UNTRIED = 1000.0  # hops: farther than any known goal
 
 
 class Explorer:
     """Remembers every step, and walks the shortest known way to a goal or, knowing none, to an
-    action that it has not tried. Nearly the best that any learner can do.
+    untried action. Nearly the best that can be done without expectations, unless ice slips.
 
     Where neither is within reach it forgets all: the lake may have changed (eval.changing).
     """
 
-    UNTRIED = 1000.0  # hops: farther than any known goal
-
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried, or an end
-        self.ends = np.full(env.goal.shape, np.nan)  # (N, S) 0: a goal, inf: a hole, nan: neither
-        self.row, self.rng = np.arange(len(env)), rng
+        self.ends = np.full(env.goal.shape, UNTRIED)  # (N, S) 0: a goal, inf: a hole
+        self.row, self.rng = env.row, rng
 
     def act(self, state, episode):
-        untried = np.where((self.known < 0).any(-1), self.UNTRIED, np.inf)
-        distance = hops(self.known, np.where(np.isnan(self.ends), untried, self.ends))
+        done = (self.known >= 0).all(-1)  # nothing is left to try there
+        distance = hops(self.known, np.where(done, np.inf, self.ends))
         lost = np.isinf(distance[self.row, state])
-        self.known[lost], self.ends[lost] = -1, np.nan
+        self.known[lost], self.ends[lost] = -1, UNTRIED
         successor = self.known[self.row, state]  # (N, A)
         onward = 1 + distance[self.row[:, None], successor]
-        cost = np.where(successor < 0, self.UNTRIED, onward)
+        cost = np.where(successor < 0, UNTRIED, onward)
         return np.argmin(cost + 1e-9 * self.rng.random(cost.shape), axis=1)
 
     def learn(self, step):
-        outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), np.nan)
+        outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.ends[row, step.state[row]] = np.nan  # who acts on a tile sees that it is no end
+        self.ends[row, step.state[row]] = UNTRIED  # it did not end the episode
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
         self.ends[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
         self.known[row, step.successor[row]] = -1  # nothing leads on from an end
 
 
-def draw(lake, path=()) -> str:
+def draw(lake, path=()):
     """The lake as text, visited tiles in brackets and the last of them in <>."""
-    visited = set(path)
-    cells = [f"[{t}]" if i in visited else f" {t} " for i, t in enumerate(lake.tiles)]
+    cells = [f"[{t}]" if i in path else f" {t} " for i, t in enumerate(lake.tiles)]
     if len(path):
         cells[path[-1]] = f"<{lake.tiles[path[-1]]}>"
-    return "\n".join(map("".join, np.reshape(cells, (len(lake.rows), lake.width))))
+    return "\n".join(map("".join, np.reshape(cells, (-1, lake.width))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """IA3: three learned vectors a layer, and nothing else (Liu et al. 2022, arXiv 2205.05638).
 
-    python ia3.py        counts the 8B's parameters, and shows that ones change nothing
+    python ia3.py    counts the 8B's parameters, and shows that ones change nothing
 
     k <- key * (W_k x)     v <- value * (W_v x)     down_proj's input <- feed_forward * (...)
 
@@ -12,12 +12,8 @@ delayed network. Their files are PEFT's.
 import torch
 from torch import Tensor, nn
 
-# our parameter -> PEFT's names, by layer
-PEFT_NAMES = {
-    "key": "base_model.model.model.layers.{}.self_attn.k_proj.ia3_l",
-    "value": "base_model.model.model.layers.{}.self_attn.v_proj.ia3_l",
-    "feed_forward": "base_model.model.model.layers.{}.mlp.down_proj.ia3_l",
-}
+PEFT_NAME = "base_model.model.model.layers.{}.{}.ia3_l"  # of a layer and one of its modules
+MODULES = {"key": "self_attn.k_proj", "value": "self_attn.v_proj", "feed_forward": "mlp.down_proj"}
 PEFT_CONFIG = {  # adapter_config.json
     "peft_type": "IA3",
     "task_type": "CAUSAL_LM",
@@ -39,21 +35,21 @@ class IA3(nn.Module):
     def to_peft(self) -> dict[str, Tensor]:
         """The tensors of PEFT's file: columns (K*hd, 1) for outputs, rows (1, I) for inputs."""
         tensors = {}
-        for ours, name in PEFT_NAMES.items():
+        for ours, module in MODULES.items():
             shape = (1, -1) if ours == "feed_forward" else (-1, 1)
             for layer, vector in enumerate(getattr(self, ours).detach().cpu()):
-                tensors[name.format(layer)] = vector.reshape(shape).clone()
+                tensors[PEFT_NAME.format(layer, module)] = vector.reshape(shape).clone()
         return tensors
 
     @torch.no_grad()
-    def from_peft(self, tensors: dict[str, Tensor]) -> "IA3":
+    def from_peft(self, tensors: dict[str, Tensor]):
         """Take over the tensors of PEFT's file; ValueError if they are not exactly ours."""
         expected = {name: tensor.shape for name, tensor in self.to_peft().items()}
         if different := expected.items() ^ {n: t.shape for n, t in tensors.items()}.items():
             raise ValueError(f"The vectors are not those of this model: see {min(different)[0]}.")
-        for ours, name in PEFT_NAMES.items():
+        for ours, module in MODULES.items():
             for layer, vector in enumerate(getattr(self, ours)):
-                vector.copy_(tensors[name.format(layer)].flatten())
+                vector.copy_(tensors[PEFT_NAME.format(layer, module)].flatten())
         return self
 
 

@@ -1,12 +1,13 @@
 """In-context reinforcement learning, from transcript to tokens to Q-values to loss to play.
 
-    python icrl.py [RUN]        walks through all of it once, with the numbers of a trained network
+    python icrl.py [RUN]    walks through all of it once, with the numbers of a trained network
 
 The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
 lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
 bad, a network has to work out from tau which lake this is: so it plays better, the longer tau gets.
 For training, 20 to 40 episodes of a lake, in random order lest their places tell how good their
-player was, are a *set*, as is a trial; sets of many lakes are cut into *slices* of T tokens.
+player was, are a *set*, and late in training so is a trial that the network played itself; sets of
+many lakes are cut into *slices* of T tokens.
 
 Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words;
 the small network's text has no role headers; a full context forgets its oldest episodes.
@@ -18,7 +19,6 @@ import json
 import math
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -33,11 +33,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from frozen_lake import ACTIONS, MAX_STEPS, MAX_TILES, Episode, FrozenLake, RandomPlayer
-from frozen_lake import draw, random_lakes, roll_out, worlds
+from frozen_lake import ACTIONS, MAX_STEPS, MAX_TILES, FrozenLake, RandomPlayer, draw
+from frozen_lake import random_lakes, roll_out, worlds
 from ia3 import IA3, PEFT_CONFIG
-from llama import KVCache, Llama, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer
-from llama import reading
+from llama import KVCache, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer, reading
 
 SHIPPED = Path(__file__).parent / "results/general"
 
@@ -47,8 +46,8 @@ class Template(NamedTuple):
     """How an episode is written; `{}` is a tile number or an action word."""
 
     begin: str
-    observation: str  # at its last token Q-values are read, if there is no prompt
-    prompt: str  # at its last token Q-values are read
+    observation: str  # Q is read at its last token, if there is no prompt
+    prompt: str  # Q is read at its last token
     action: str
     reward: str  # written if the reward is 1
     cut: str  # written if the step limit ended the episode
@@ -63,7 +62,7 @@ def chat(begin, opening, closing, stop, end) -> Template:
 
 
 HEADER = ("<|start_header_id|>", "<|end_header_id|>")
-TEMPLATES = {  # by a marker; the first one that the vocabulary has counts
+TEMPLATES = {  # by a marker: the first that the vocabulary has counts
     "<|eot_id|>": chat("<|begin_of_text|>", *HEADER, "<|eot_id|>", "<|end_of_text|>"),  # the paper
     "<|im_end|>": chat("", "<|im_start|>", "\n", "<|im_end|>\n", "<|endoftext|>"),  # ChatML
     "</s>": chat("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2: no other marker
@@ -80,7 +79,7 @@ def compact_tokenizer() -> Tokenizer:
 
 
 class Encoder:
-    """Writes episodes as pieces of text, each of which was tokenized once."""
+    """Writes episodes as lists of pieces of text, each tokenized once."""
 
     def __init__(self, tokenizer: Tokenizer):
         known = [t for marker, t in TEMPLATES.items() if tokenizer.token_to_id(marker) is not None]
@@ -104,17 +103,17 @@ class Encoder:
         if tokenizer.encode("".join(whole), add_special_tokens=False).ids != self.tokens(whole):
             raise ValueError("The tokenizer joins pieces of a transcript: take another model.")
 
-    def opening(self, tile) -> list[str]:
+    def opening(self, tile):
         return [self.template.begin, self.tiles[tile], self.template.prompt]
 
-    def step(self, action, tile, reward, cut, over) -> list[str]:
+    def step(self, action, tile, reward, cut, over):
         """What is written of a step, up to the next prompt or the episode's end."""
         rewarded = [self.template.reward] if reward > 0 else []
         limited = [self.template.cut] if cut else []
         last = self.template.end if over else self.template.prompt
         return [self.actions[action], self.tiles[tile], *rewarded, *limited, last]
 
-    def write(self, episode) -> list[str]:
+    def write(self, episode):
         pieces, last = self.opening(episode.observations[0]), len(episode.actions) - 1
         for i, action in enumerate(episode.actions):
             tile, reward = episode.observations[i + 1], episode.rewards[i]
@@ -127,26 +126,26 @@ class Encoder:
 
 # ---- tokens to slices
 class Batch(NamedTuple):
-    """Slices and what the loss needs of them; action positions are padded at the right."""
+    """Slices and what the loss needs of them, padded at the right to N actions."""
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, N) int64, where Q is read
     actions: Tensor  # (B, N) int64
     rewards: Tensor  # (B, N) r_{t+1}
     discounts: Tensor  # (B, N) gamma, or 0 at an episode's end
-    mask: Tensor  # (B, N) bool, whether it counts in the loss
+    mask: Tensor  # (B, N) bool, what counts in the loss
 
-    def to(self, device) -> "Batch":
+    def to(self, device):
         return Batch(*(field.to(device) for field in self))
 
-    def split(self, size: int):
+    def split(self, size):
         return [Batch(*parts) for parts in zip(*(field.split(size) for field in self))]
 
 
-QUALITY = {"high": 5.0, "mid": 1.0, "low": 0.2}  # weights of a success, where a failure has 1
+QUALITY = {"high": 5.0, "mid": 1.0, "low": 0.2}  # weights of a success; a failure has 1
 
 
-def draw_set(episodes: list[Episode], rng, quality="mid") -> list[Episode]:
+def draw_set(episodes, rng, quality="mid"):
     """20 to 40 episodes of one lake, weighted as in figure 6, in random order."""
     weights = np.array([QUALITY[quality] if e.total > 0 else 1.0 for e in episodes])
     size = min(rng.integers(20, 41), len(episodes))
@@ -154,11 +153,11 @@ def draw_set(episodes: list[Episode], rng, quality="mid") -> list[Episode]:
     return [episodes[i] for i in drawn]
 
 
-def encode_slice(encoder: Encoder, sets: Iterator[list], length: int, gamma: float) -> Batch:
-    """The next sets of episodes as one sequence of exactly `length` tokens; a Batch without the B.
+def encode_slice(encoder, sets, length, gamma) -> Batch:
+    """The next sets of episodes as exactly `length` tokens; a Batch without the B.
 
-    Sets of different lakes follow each other without a separator: the network has to notice. What
-    is left of the last set when the slice is full is dropped.
+    Sets of different lakes follow each other without a separator: the network has to notice. The
+    rest of a set at the slice's end is dropped.
     """
     tokens, positions, actions, rewards, discounts = [], [], [], [], []
     for episode in chain.from_iterable(sets):
@@ -174,21 +173,21 @@ def encode_slice(encoder: Encoder, sets: Iterator[list], length: int, gamma: flo
         if len(tokens) >= length:
             break
     n = sum(position < length for position in positions)
-    # What follows the last action is beyond the slice: no loss, unless it ends its episode.
+    # What follows the last action is beyond the slice: no loss, unless an episode ends there.
     mask = [True] * (n - 1) + [discounts[n - 1] == 0]
     columns = (tokens[:length], positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
     return Batch(*map(torch.tensor, columns))
 
 
-def collate(slices: list[Batch]) -> Batch:
+def collate(slices) -> Batch:
     return Batch(*(pad_sequence(column, batch_first=True) for column in zip(*slices)))
 
 
 # ---- the network
 class QNetwork(nn.Module):
-    """Q_theta(tau, a): a Llama, perhaps with IA3; of its logits those of the action words count."""
+    """Q_theta(tau, a): a Llama's logits of the action words, perhaps with IA3."""
 
-    def __init__(self, llama: Llama, action_tokens: list[int], adapter=None):
+    def __init__(self, llama, action_tokens, adapter=None):
         super().__init__()
         self.llama, self.adapter = llama, adapter
         ids = torch.tensor(action_tokens, device=llama.unembedding.device)  # (A,)
@@ -196,16 +195,16 @@ class QNetwork(nn.Module):
         llama.requires_grad_(adapter is None)  # an adapter is trained on a frozen base
 
     def forward(self, tokens: Tensor, positions: Tensor, cache=None) -> Tensor:
-        """Q-values (B, N, A), float32, at positions (B, N) of these tokens (B, T)."""
+        """Q-values (B, N, A), float32, at positions (B, N) of tokens (B, T)."""
         hidden = self.llama(tokens, self.adapter, cache)  # (B, T, D)
-        read = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))  # (B, N, D)
+        read = hidden.take_along_dim(positions[..., None], 1)  # (B, N, D)
         return F.linear(read.float(), self.llama.unembedding[self.action_tokens].float())
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer changes: an adapter's vectors, or else every weight."""
         return dict((self.adapter or self.llama).named_parameters())
 
-    def delayed_copy(self) -> "QNetwork":
+    def delayed_copy(self):
         """The network phi: a copy of what is trained; what is frozen is shared."""
         llama = self.llama if self.adapter else copy.deepcopy(self.llama)
         return QNetwork(llama, self.action_tokens.tolist(), copy.deepcopy(self.adapter))
@@ -234,7 +233,7 @@ def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor) ->
 
 
 @torch.no_grad()
-def polyak_update(online: QNetwork, delayed: QNetwork, alpha: float):
+def polyak_update(online, delayed, alpha):
     """Equation 8: phi <- alpha * theta + (1 - alpha) * phi"""
     for phi, theta in zip(delayed.trained().values(), online.trained().values()):
         phi.lerp_(theta, alpha)
@@ -257,9 +256,8 @@ class InContext:
     """The network of a Run as a player of `roll_out`: its transcript is all that it remembers.
 
     Each trial has a context of its own, which may begin with `given` episodes, [trial][episode].
-    One that would outgrow `recipe.context` loses its oldest episodes, a quarter of it at least, and
-    the rest is read anew. In episode e the network chooses with the chance `probability(e)`, arrays
-    (N,), and else a coin.
+    One that would outgrow `recipe.context` loses its oldest episodes, and the rest is read anew. In
+    episode e the network chooses with the chance `probability(e)`, arrays (N,), and else a coin.
     """
 
     def __init__(self, run, env, rng, probability=model_probability, given=None):
@@ -272,7 +270,7 @@ class InContext:
         self.unread = [list(chain(*trial)) for trial in self.written]  # tokens by trial
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
-        self.trial = np.arange(len(env))  # (rows,) the trial of each row of the cache
+        self.trial = env.row  # (rows,) the trial of each row of the cache
         self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # + padding
 
     @torch.inference_mode()
@@ -280,13 +278,12 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # finished trials come to have nothing unread; once they are half, their rows are dropped
+        # finished trials have nothing unread; once they are half, their rows are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
-        lengths = self.cache.lengths.tolist()
         for row, i in enumerate(self.trial):
-            if lengths[row] + len(self.unread[i]) > self.context:  # forget the oldest episodes
+            if sum(map(len, self.written[i])) > self.context:  # forget the oldest episodes
                 while sum(map(len, self.written[i])) > KEPT * self.context:
                     self.written[i].pop(0)
                 self.unread[i] = list(chain(*self.written[i]))
@@ -310,11 +307,11 @@ class InContext:
         self.written[i][-1] += tokens
         self.unread[i] += tokens
 
-    def _read(self, rows: slice):
-        """Let the network read on in these rows, and note the Q-values at their ends."""
+    def _read(self, rows):
+        """Let the network read on in these rows, and note its Q-values."""
         trials, cache, device = self.trial[rows], self.cache[rows], self.cache.lengths.device
         unread = [torch.tensor(self.unread[i], dtype=torch.long) for i in trials]
-        counts = torch.tensor([len(tokens) for tokens in unread], device=device)  # (rows,)
+        counts = torch.tensor(list(map(len, unread)), device=device)  # (rows,)
         if not counts.any():
             return
         chunk = pad_sequence(unread, batch_first=True).to(device)  # (rows, T)
@@ -326,7 +323,7 @@ class InContext:
                 self.q[i], self.unread[i] = values, []
 
 
-def check_context(encoder, context: int, max_steps: int):
+def check_context(encoder, context, max_steps):
     """ValueError if an episode may outgrow the KEPT share of so many tokens."""
     kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
     step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
@@ -337,15 +334,15 @@ def check_context(encoder, context: int, max_steps: int):
 
 def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability, **kind):
     """One trial a lake, as InContext, roll_out and `worlds` say; the episodes, [trial][episode]."""
-    rng, played, side_by_side = np.random.default_rng(seed), [], len(lakes)
+    rng, played, at_once = np.random.default_rng(seed), [], len(lakes)
     llama = run.network.llama
     if llama.unembedding.is_cuda:  # as many as its memory holds
         one = KVCache(llama, 1, run.recipe.context + CHUNK, device="meta")
         free, _ = torch.cuda.mem_get_info(llama.unembedding.device)
-        each = 4 * one.keys.nbytes  # keys, values, a copy of half of the rows, and some room
-        side_by_side = max(1, free // each)
-    for start in range(0, len(lakes), side_by_side):
-        part = slice(start, start + side_by_side)
+        each = 4 * one.keys.nbytes  # keys, values, a copy of half of the rows, some room
+        at_once = max(1, free // each)
+    for start in range(0, len(lakes), at_once):
+        part = slice(start, start + at_once)
         env = worlds(lakes[part], rng, run.recipe.max_steps, **kind)
         player = InContext(run, env, rng, probability, given and given[part])
         played += roll_out(env, player, episodes, first=first)
@@ -353,61 +350,60 @@ def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_p
 
 
 # ---- what a run is
-def setting(default, text: str, low=None, high=math.inf, choices=()):
-    """A field of Recipe, with the help of its flag and its bounds or choices."""
-    metadata = {"help": text, "bounds": (low, high), "choices": choices}
-    return field(default=default, metadata=metadata)
+def flag(default, text, low=None, high=math.inf, choices=()):
+    """A field of Recipe, with help, bounds and choices."""
+    return field(default=default, metadata={"help": text, "limits": (low, high, choices)})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All that a run depends on. Defaults: the small network's; train.PAPER: the paper's."""
 
-    model: str = setting("", "base to adapt by IA3: a folder or a repository of the Hub")
-    revision: str = setting("", "branch, tag or commit of the Hub's repository")
-    dtype: str = setting("float32", "of the base", choices=["float32", "bfloat16", "float16"])
-    layers: int = setting(2, "decoder layers of a new network", 1)
-    width: int = setting(64, "model dimension of a new network", 1)
-    heads: int = setting(2, "attention heads of a new network", 1)
+    model: str = flag("", "base to adapt by IA3: a folder or a Hub repository")
+    revision: str = flag("", "the Hub repository's branch, tag or commit")
+    dtype: str = flag("float32", "of the base", choices=["float32", "bfloat16", "float16"])
+    layers: int = flag(2, "layers of a new network", 1)
+    width: int = flag(64, "model dimension of a new network", 1)
+    heads: int = flag(2, "attention heads of a new network", 1)
     # the data, as train.collect makes it; late: collections begun after `late_from`
-    sides: tuple[int, int] = setting((3, 5), "fewest and most tiles a side of a lake")
-    min_hops: int = setting(4, "fewest steps from a start to a goal")
-    easy_until: float = setting(0.4, "share of the training over which easy lakes disappear", 0, 1)
-    lakes: int = setting(256, "lakes in a collection", 1)
-    episodes: int = setting(100, "episodes of Q-learning on each lake", 1)
-    collection_steps: int = setting(128, "steps before the next collection", 1)
-    late_from: float = setting(0.6, "share of the training after which data are late", 0, 1)
-    own: float = setting(0.5, "share of late sets that are the network's own trials", 0, 1)
-    hard: float = setting(0.0, "share of late lakes that are large, goals 3 hops farther", 0, 1)
-    shuffled: float = setting(0.0, "share of lakes with numbers and words of their own", 0, 1)
-    windows: float = setting(0.0, "share of other late lakes numbered as in a larger map", 0, 1)
-    slippery: float = setting(0.0, "share of lakes on slippery ice", 0, 1)
-    quality: str = setting("mid", "high: successes are drawn oftener", choices=list(QUALITY))
-    max_steps: int = setting(MAX_STEPS, "steps after which an episode is cut off", 1)
+    sides: tuple[int, int] = flag((3, 5), "fewest and most tiles a side")
+    min_hops: int = flag(4, "fewest steps from a start to a goal")
+    easy_until: float = flag(0.4, "share of training over which easy lakes disappear", 0, 1)
+    lakes: int = flag(256, "lakes in a collection", 1)
+    episodes: int = flag(100, "episodes of Q-learning on each lake", 1)
+    collection_steps: int = flag(128, "steps before the next collection", 1)
+    late_from: float = flag(0.6, "share of training after which data are late", 0, 1)
+    own: float = flag(0.5, "share of late sets that are the network's own trials", 0, 1)
+    hard: float = flag(0.0, "share of late lakes that are large, goals 3 hops farther", 0, 1)
+    shuffled: float = flag(0.0, "share of lakes with numbers and words of their own", 0, 1)
+    windows: float = flag(0.0, "share of other late lakes numbered as in a larger map", 0, 1)
+    slippery: float = flag(0.0, "share of lakes on slippery ice", 0, 1)
+    quality: str = flag("mid", "high: successes are drawn oftener", choices=list(QUALITY))
+    max_steps: int = flag(MAX_STEPS, "steps after which an episode is cut off", 1)
     # the optimisation
-    steps: int = setting(8400, "optimizer steps", 1)
-    tokens: int = setting(512, "tokens in a slice, and in a context at play", 1)
-    late_tokens: int = setting(0, "the same of late slices, fewer a batch; 0: no change", 0)
-    batch: int = setting(4, "slices in a batch", 1)
-    gamma: float = setting(0.9, "discount", 0, 1)
-    reward_scale: float = setting(1.0, "of the rewards; 30 suits an official Llama's logits", 0)
-    alpha: float = setting(0.1, "share of theta in each Polyak step (equation 8)", 0, 1)
-    learning_rate: float = setting(3e-3, "AdamW's", 0)
-    muon_rate: float = setting(0.01, "Muon's, for the layers' matrices; 0: AdamW for all", 0)
-    warm_up: int = setting(50, "steps over which the learning rates rise", 1)
-    decay_from: float = setting(0.2, "share of the training after which they fall", 0, 1)
-    clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
-    seed: int = setting(0, "of weights and data", 0)
+    steps: int = flag(8400, "optimizer steps", 1)
+    tokens: int = flag(512, "tokens in a slice, and in a context at play", 1)
+    late_tokens: int = flag(0, "the same of late slices, fewer a batch; 0: no change", 0)
+    batch: int = flag(4, "slices in a batch", 1)
+    gamma: float = flag(0.9, "discount", 0, 1)
+    reward_scale: float = flag(1.0, "of the rewards; 30 suits an official Llama's logits", 0)
+    alpha: float = flag(0.1, "share of theta in each Polyak step (eq. 8)", 0, 1)
+    learning_rate: float = flag(3e-3, "AdamW's", 0)
+    muon_rate: float = flag(0.01, "Muon's, for the layers' matrices; 0: AdamW for all", 0)
+    warm_up: int = flag(50, "steps over which the rates rise", 1)
+    decay_from: float = flag(0.2, "share of training after which they fall", 0, 1)
+    clip: float = flag(1.0, "largest gradient norm; 0: any", 0)
+    seed: int = flag(0, "of weights and data", 0)
 
     @property
     def context(self):
-        """Tokens that the network can look back on in the end, and at play."""
+        """Tokens that it looks back on in the end, and at play."""
         return self.late_tokens or self.tokens
 
     def __post_init__(self):
         for f in fields(self):
             value, needed = getattr(self, f.name), ""
-            (low, high), choices = f.metadata["bounds"], f.metadata["choices"]
+            low, high, choices = f.metadata["limits"]
             both = f.default, value
             wanted, found = ([*map(type, x)] if type(x) is tuple else type(x) for x in both)
             if found != wanted and (wanted, found) != (float, int):  # 1 may stand for 1.0
@@ -417,8 +413,7 @@ class Recipe:
             elif choices and value not in choices:
                 needed = f"one of {', '.join(choices)}"
             if needed:
-                flag = "--" + f.name.replace("_", "-")
-                raise ValueError(f"{flag} has to be {needed}, not {value!r}.")
+                raise ValueError(f"--{f.name.replace('_', '-')} has to be {needed}, not {value!r}.")
 
 
 Run = namedtuple("Run", "folder recipe network encoder")
@@ -427,25 +422,25 @@ Run = namedtuple("Run", "folder recipe network encoder")
 @contextmanager
 def replacing(path: Path):
     """Write to the yielded name; if all goes well it becomes `path` in one step."""
-    temporary = path.with_name("tmp." + path.name)
+    new = path.with_name("tmp." + path.name)
     try:
-        yield temporary
-        temporary.replace(path)
+        yield new
+        new.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
-def save(path: Path, content: dict):
+def save(path: Path, content):
     """Tensors by name as safetensors, anything else as JSON."""
-    with replacing(path) as temporary:
+    with replacing(path) as new:
         if path.suffix == ".safetensors":
-            save_file(content, temporary, {"format": "pt"})
+            save_file(content, new, {"format": "pt"})
         else:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            new.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def save_network(run: Run):
-    """What was trained: every weight, or with an adapter PEFT's two files, which name its base."""
+def save_network(run):
+    """What was trained: every weight, or else PEFT's two files."""
     if not run.network.adapter:
         return save(run.folder / "model.safetensors", run.network.llama.state_dict())
     save(run.folder / "adapter_model.safetensors", run.network.adapter.to_peft())
@@ -454,7 +449,7 @@ def save_network(run: Run):
 
 
 def read_recipe(folder: Path) -> Recipe | None:
-    """The recipe of a run of train.py; None if the folder holds another checkpoint."""
+    """The recipe of a run of train.py; None for any other checkpoint."""
     with reading(folder / "config.json") as path:
         settings = json.loads(path.read_text()).get("icrl")
         if settings is None:
@@ -481,7 +476,7 @@ def load_run(folder: str | Path, device="cpu") -> Run:
 
 @torch.no_grad()
 def main(folder=SHIPPED):
-    """Three episodes of a random player, from the lake to the loss."""
+    """A failure and a success of a random player, from the lake to the loss."""
     run, rng = load_run(folder), np.random.default_rng(1)
     encoder, lakes = run.encoder, random_lakes(1, rng, min_hops=3, test=True)
     env = FrozenLake(lakes, rng)

@@ -1,11 +1,11 @@
 """Llama 3.1: the transformer, from token ids to hidden states, and its official weights.
 
-    python llama.py CHECKPOINT "prompt"        completes the prompt greedily
+    python llama.py CHECKPOINT "prompt"    completes the prompt greedily
 
-Section 3 of the paper (arXiv 2501.14176) takes Llama 3.1 8B Instruct as it is, and so does this
-file: its modules have the official names, and its arithmetic is transformers'. Two departures:
-`forward` stops at the hidden states, because Q-values are the logits of four action words out of
-128,256 tokens; and it takes IA3's vectors (ia3.py) as an argument.
+Section 3 of the paper takes Llama 3.1 8B Instruct as it is, and so does this file: its modules have
+the official names, and its arithmetic is transformers'. Two departures: `forward` stops at the
+hidden states, because Q-values are the logits of four action words out of 128,256 tokens; and it
+takes IA3's vectors (ia3.py) as an argument.
 Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads,
 hd head size, I feed-forward.
 """
@@ -32,7 +32,7 @@ REFUSED = "attention_bias mlp_bias attention_dropout rope_interleaved quantizati
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama. Names and defaults are those of a Hugging Face config.json."""
+    """The shape of a Llama, by the names and defaults of a Hugging Face config.json."""
 
     vocab_size: int
     hidden_size: int  # D
@@ -48,12 +48,13 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # of its training; no limit here
 
     @classmethod
-    def from_dict(cls, config: dict) -> "LlamaConfig":
+    def from_dict(cls, config):
         """From the contents of a config.json; ValueError for what `Llama` does not implement."""
         config = {key: value for key, value in config.items() if value is not None}
         wanted = {"model_type": "llama", "hidden_act": "silu"} | dict.fromkeys(REFUSED, False)
-        if other := [key for key, value in wanted.items() if config.get(key, value) != value]:
-            raise ValueError(f"{other[0]} {config[other[0]]!r} is not implemented")
+        for key, value in wanted.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{key} {config[key]!r} is not implemented")
         heads = config["num_attention_heads"]
         config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | config
         sizes = {f.name: config.get(f.name, 1) for f in fields(cls) if f.type is int}
@@ -69,7 +70,7 @@ class LlamaConfig:
         config["rope_scaling"] = None if kind == "default" else rope
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
-    def to_dict(self) -> dict:
+    def to_dict(self):
         """The contents of a config.json that transformers reads too."""
         kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
         return kind | asdict(self)
@@ -92,7 +93,7 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """Turn the pairs (x_i, x_{i + hd/2}) of x (B, heads, T, hd) by angles (B, 1, T, hd / 2).
 
     Halves are paired as in Hugging Face checkpoints; Meta's own files pair neighbours instead.
@@ -105,26 +106,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all past tokens; row b holds lengths[b] of them.
 
-    Rows advance at their own pace: whoever feeds a chunk (B, T), padded at the right, then adds the
-    number of each row's real tokens to `lengths`. Padding needs slots too, but nothing attends to
+    Rows advance at their own pace: whoever feeds a chunk (B, T), padded at the right, then adds
+    each row's number of real tokens to `lengths`. Padding needs slots too, but nothing attends to
     it, and the next chunk overwrites it.
     """
 
-    def __init__(self, llama, rows: int, slots: int, device=None):
+    def __init__(self, llama, rows, slots, device=None):
         config, like = llama.config, llama.unembedding
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
         self.keys = like.new_zeros(shape, device=device)  # (L, B, K, S, hd)
         self.values = torch.zeros_like(self.keys)
         self.lengths = like.new_zeros(rows, dtype=torch.long, device=device)  # (B,)
 
-    def __getitem__(self, rows: slice | list[int]) -> "KVCache":
+    def __getitem__(self, rows):
         """Some rows: a list gives a copy; a slice a view, and what that is fed lands here too."""
         part = object.__new__(KVCache)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
         part.lengths = self.lengths[rows]
         return part
 
-    def append(self, layer, positions, keys, values, used: int):
+    def append(self, layer, positions, keys, values, used):
         """Store (B, K, T, hd) at positions (B, T); returns the first `used` slots (B, K, S, hd)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2)  # (B, T, K, hd)
@@ -136,26 +137,26 @@ class KVCache:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; the norm in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Causal self-attention; H / K query heads share each key/value head (Ainslie et al. 2023)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
-        self.head_dim, D = config.head_dim, config.hidden_size
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, H * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+        self.head_dim = hd = config.head_dim
+        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(D, H * hd, bias=False)
+        self.k_proj = nn.Linear(D, K * hd, bias=False)
+        self.v_proj = nn.Linear(D, K * hd, bias=False)
+        self.o_proj = nn.Linear(H * hd, D, bias=False)
 
     def forward(self, x, layer, places, adapter, cache):
         positions, cos, sin, mask = places
@@ -175,7 +176,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(D, inner, bias=False)
@@ -192,11 +193,11 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP; each adds to its input."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, layer, places, adapter, cache):
@@ -210,19 +211,19 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # if True: keep only the layers' inputs for the backward pass
+        self.checkpointing = False  # True: keep only the layers' inputs for the backward pass
         self.model = nn.ModuleDict()  # the checkpoint's `model.` prefix
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(map(DecoderLayer, [config] * config.num_hidden_layers))
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def unembedding(self) -> Tensor:
+    def unembedding(self):
         """The matrix (vocab_size, D) whose product with a hidden state gives the logits."""
         tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return (self.model.embed_tokens if tied else self.lm_head).weight
 
     def forward(self, tokens: Tensor, adapter=None, cache=None) -> Tensor:
         """Hidden states (B, T, D) of tokens (B, T) int64, which continue what the cache holds.
@@ -247,8 +248,8 @@ class Llama(nn.Module):
 
 
 # ---- checkpoints; whatever is wrong with them is a ValueError of one sentence
-def fetch(source: str | Path, *files: str, revision="") -> Path:
-    """The folder of a checkpoint: `source`, or what the Hub's cache has or downloads."""
+def fetch(source: str | Path, *files, revision="") -> Path:
+    """A checkpoint's folder: `source`, or what the Hub's cache has or downloads."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -257,7 +258,7 @@ def fetch(source: str | Path, *files: str, revision="") -> Path:
         words = str(error).strip().partition("\n")[0].partition(". ")[0]
         reason = f"cannot be downloaded from the Hub: {type(error).__name__}, {words}"
         if isinstance(error, errors.GatedRepoError):
-            reason = "is gated: ask for access on its page on the Hub, then `hf auth login`."
+            reason = "is gated: ask for access on its Hub page, then `hf auth login`."
         if isinstance(error, errors.LocalEntryNotFoundError):
             reason = "is not in the Hub's cache: connect to the network, or name a folder."
         raise ValueError(f"{source} {reason}") from error
@@ -270,11 +271,11 @@ def reading(path: Path):
         yield path
     except Exception as error:  # of whatever library reads it
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} cannot be used: {reason.partition(chr(10))[0]}") from error
+        raise ValueError(f"{path} cannot be used: {reason}") from error
 
 
 def load_tensors(path: Path, device="cpu") -> dict[str, Tensor]:
-    with reading(path.resolve()) as file:  # so that errors name the file and no link to it
+    with reading(path.resolve()) as file:  # errors name the file, and no link to it
         return load_file(file, device=str(device))
 
 
@@ -284,7 +285,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_config(source: str | Path, revision="") -> tuple[LlamaConfig, Path]:
-    """The shape of a checkpoint, and the folder that has its config.json and tokenizer.json."""
+    """The shape of a checkpoint, and the folder of its config.json and tokenizer.json."""
     folder = fetch(source, "config.json", "tokenizer.json", revision=revision)
     with reading(folder / "config.json") as path:
         return LlamaConfig.from_dict(json.loads(path.read_text())), folder
@@ -293,23 +294,23 @@ def load_config(source: str | Path, revision="") -> tuple[LlamaConfig, Path]:
 def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Llama:
     """The Llama of a checkpoint, one safetensors file or shards; `dtype` None: the files' type."""
     config, folder = load_config(source, revision)
-    with torch.device("meta"):  # no memory of its own: it takes over the tensors of the files
+    with torch.device("meta"):  # no memory of its own: it takes over the files' tensors
         llama = Llama(config)
     folder = fetch(source, "model*.safetensors", revision=folder.name)  # the commit is its name
-    tensors = {}
-    paths = sorted(folder.glob("model*.safetensors"))
+    tensors, paths = {}, sorted(folder.glob("model*.safetensors"))
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):
         for name, tensor in load_tensors(path, device).items():
-            tensors[name] = tensor.to(dtype or tensor.dtype)
+            if not name.endswith("inv_freq"):  # old checkpoints hold RoPE's frequencies
+                tensors[name] = tensor.to(dtype or tensor.dtype)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     expected = {n: str(list(t.shape)) for n, t in llama.state_dict().items()}
-    found = {n: str(list(t.shape)) for n, t in tensors.items() if not n.endswith("inv_freq")}
+    found = {n: str(list(t.shape)) for n, t in tensors.items()}
     if different := expected.items() ^ found.items():
         name = min(different)[0]
         shapes = f"{found.get(name)}, where config.json says {expected.get(name)}"
         raise ValueError(f"{folder} is not whole, or another model's: {name} is {shapes}.")
-    llama.load_state_dict(tensors, assign=True, strict=False)
+    llama.load_state_dict(tensors, assign=True)
     return llama
 
 
@@ -317,12 +318,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.inference_mode()
-def complete(source: str, prompt: str, count: int = 40) -> str:
+def complete(source, prompt, count=40):
     """The prompt and the `count` likeliest tokens after it, one by one."""
     tokenizer, llama = load_tokenizer(load_config(source)[1]), load_llama(source, device=DEVICE)
     ids = tokenizer.encode(prompt).ids
     cache = KVCache(llama, 1, len(ids) + count)
-    chunk = torch.tensor([ids], device=DEVICE)  # (1, T), and (1, 1) from then on
+    chunk = torch.tensor([ids], device=DEVICE)  # (1, T), then (1, 1)
     for _ in range(count):
         hidden = llama(chunk, cache=cache)[:, -1]  # (1, D)
         cache.lengths += chunk.shape[1]
@@ -331,7 +332,7 @@ def complete(source: str, prompt: str, count: int = 40) -> str:
     return tokenizer.decode(ids)
 
 
-def device(name: str) -> str:
+def device(name):
     """A type for argparse: a device that this machine has."""
     try:
         torch.empty(0, device=name)

@@ -1,10 +1,10 @@
 """Train a transformer to reinforcement-learn in its context.
 
-    python train.py                          a small Llama from random weights, on a laptop
+    python train.py                         a small Llama from random weights, on a laptop
     python train.py --model meta-llama/Llama-3.1-8B-Instruct    the paper, on one GPU
-    python train.py --model RUN              the paper's method in miniature, on a run's network
-    python train.py --resume RUN             go on from the last checkpoint of a run
-    torchrun --nproc-per-node 4 train.py     several GPUs share each batch
+    python train.py --model RUN             the paper's method in miniature, on a run's network
+    python train.py --resume RUN            go on from a run's last checkpoint
+    torchrun --nproc-per-node 4 train.py    several GPUs share each batch
 
 Sections 3 (optimisation) and 4.1 (data) of the paper. Departures, for the small network: all its
 weights are trained, by Muon and AdamW, at falling rates; its lakes are new all the time, and easier
@@ -17,7 +17,6 @@ A run is a folder: config.json (shape and recipe), tokenizer.json, what was trai
 import argparse
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from itertools import count, cycle, islice
@@ -25,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from eval import on_lakes, sparkline, test_lakes
 from frozen_lake import Episode, TabularQ, random_lakes, roll_out, worlds
 from ia3 import IA3
-from icrl import Batch, Encoder, InContext, QNetwork, Recipe, Run, check_context, collate
+from icrl import Encoder, InContext, QNetwork, Recipe, Run, check_context, collate
 from icrl import compact_tokenizer, draw_set, encode_slice, load_run, model_probability, play
 from icrl import polyak_update, read_recipe, replacing, save, save_network, td_loss, td_targets
 from llama import DEVICE, Llama, LlamaConfig, device, exit_in_one_sentence, load_config, load_llama
@@ -47,7 +46,7 @@ PAPER = Recipe(
     own=0.0,
     lakes=250,
     episodes=1500,  # on each lake: together about what the notebook's 9,556 slices hold
-    collection_steps=955,  # all of them, 10 slices each, from one collection
+    collection_steps=955,  # all of them, 10 slices each, from one collection: nothing is late
     steps=955,
     tokens=4096,
     batch=10,
@@ -57,15 +56,15 @@ PAPER = Recipe(
 
 
 # ---- the data
-def collect(run, number: int) -> Iterator[Batch]:
-    """New lakes, Q-learning's episodes on them in sets and, once late, the network's own trials.
-    All follows from the recipe, the number, the process and the network that plays.
+def collect(run, number):
+    """Batches of Q-learning's episodes on new lakes and, once late, of the network's own trials.
+    All follows from the recipe, the number, the process and the network.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
     late = progress >= recipe.late_from
 
-    # Q-learning's episodes on new lakes: the first ones random, the others mostly greedy
+    # Q-learning: the first episodes random, the others mostly greedy
     env, at_random = new_worlds(recipe, recipe.lakes, progress, rng), 0.3 * recipe.episodes
     player = TabularQ(env, rng, lambda episode: np.where(episode < at_random, 0.0, 0.8))
     played = roll_out(env, player, recipe.episodes)
@@ -80,8 +79,7 @@ def collect(run, number: int) -> Iterator[Batch]:
     stream, length = sets(), (recipe.context if late else recipe.tokens)
     mine = range(max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE))
     for _ in range(recipe.collection_steps):
-        slices = [encode_slice(run.encoder, stream, length, recipe.gamma) for _ in mine]
-        yield collate(slices)
+        yield collate([encode_slice(run.encoder, stream, length, recipe.gamma) for _ in mine])
 
 
 def new_worlds(recipe, count, progress, rng):
@@ -99,7 +97,7 @@ def new_worlds(recipe, count, progress, rng):
     return worlds(lakes, rng, recipe.max_steps, *shares)
 
 
-def own_trials(run, number: int) -> list[list[Episode]]:
+def own_trials(run, number):
     """What the network does on lakes of its own, each for about as long as a slice: in the order
     played and, on every second one, with random actions forced, as at test. Its mistakes are in no
     other player's data: only they teach it what loops and detours are worth.
@@ -132,7 +130,7 @@ def new_network(recipe, encoder) -> QNetwork:
     return QNetwork(llama, encoder.action_tokens)
 
 
-def kept_bytes(config, tokens: int, dtype) -> int:
+def kept_bytes(config, tokens, dtype):
     """About what a forward pass keeps for the backward pass."""
     a_token = 9 * config.hidden_size + 4 * config.intermediate_size
     a_token += 2 * config.num_key_value_heads * config.head_dim
@@ -154,7 +152,7 @@ class Muon(torch.optim.Optimizer):
             p.sub_(group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])) * direction)
 
 
-def orthogonal(x: Tensor) -> Tensor:
+def orthogonal(x):
     """About the matrix with the singular vectors of x and singular values of 1: Newton-Schulz."""
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.T).T
@@ -195,12 +193,11 @@ def train(run, args):
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     tokens = max(at_once * recipe.tokens, recipe.context)
-    kept = kept_bytes(llama.config, tokens, llama.unembedding.dtype)
-    llama.checkpointing = kept > free
+    llama.checkpointing = kept_bytes(llama.config, tokens, llama.unembedding.dtype) > free
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
     # own trials are played by the weights at a collection's start: a resumed run must begin there
     save_every = recipe.collection_steps if recipe.own else 50
-    step = load_state(run.folder, online, delayed, optimizers)
+    step = load_state(run, delayed, optimizers)
     first, skip = divmod(step, recipe.collection_steps)
     stream = (batch for number in count(first) for batch in collect(run, number))
     stream = islice(stream, skip, None)
@@ -252,7 +249,7 @@ def train(run, args):
             if step % save_every == 0 or step == recipe.steps:
                 with replacing(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
-                save_state(run.folder, online, delayed, optimizers, step)
+                save_state(run, delayed, optimizers, step)
                 save_network(run)
     bar.close()
 
@@ -263,22 +260,22 @@ def learning(online, delayed):
     return theta | {f"delayed.{name}": p.detach() for name, p in delayed.trained().items()}
 
 
-def save_state(folder, online, delayed, optimizers, step):
+def save_state(run, delayed, optimizers, step):
     """What --resume needs, in one file."""
-    tensors = {"step": torch.tensor(step)} | learning(online, delayed)
+    tensors = {"step": torch.tensor(step)} | learning(run.network, delayed)
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{index}.{name}": value for name, value in state.items()}
-    save(folder / "state.safetensors", tensors)
+    save(run.folder / "state.safetensors", tensors)
 
 
-def load_state(folder, online, delayed, optimizers):
+def load_state(run, delayed, optimizers):
     """Take up what `save_state` wrote, if anything; returns the step."""
-    if not (folder / "state.safetensors").exists():
+    if not (path := run.folder / "state.safetensors").exists():
         return 0
-    tensors = load_tensors(folder / "state.safetensors")
+    tensors = load_tensors(path)
     step = tensors.pop("step").item()
-    for name, p in learning(online, delayed).items():
+    for name, p in learning(run.network, delayed).items():
         p.copy_(tensors.pop(name))
     states = [optimizer.state_dict() for optimizer in optimizers]
     for key, value in tensors.items():
@@ -290,8 +287,8 @@ def load_state(folder, online, delayed, optimizers):
 
 
 # ---- several GPUs, under torchrun
-# Each process draws its share of a batch from a seed of its own; all average their gradients, so
-# their networks stay the same. The first one writes, and looks at unseen lakes meanwhile.
+# Each process draws its share of a batch from its own seed; all average their gradients, so their
+# networks stay the same. The first one writes.
 
 
 def join_group(device):
@@ -310,7 +307,7 @@ def average_gradients(parameters):
             p.grad /= WORLD_SIZE
 
 
-def recipe_of(args) -> Recipe:
+def recipe_of(args):
     """The recipe that the flags ask for: they change the default or, with --model, PAPER."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     given = {k: tuple(v) if k == "sides" else v for k, v in given.items() if v is not None}
@@ -333,7 +330,7 @@ def recipe_of(args) -> Recipe:
     return replace(base, **ADAMW | given)  # the run's data, the paper's optimiser
 
 
-def begin(recipe, folder, device) -> Run:
+def begin(recipe, folder, device):
     """A new run: its network, and a folder with config.json and tokenizer.json."""
     if RANK == 0 and any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: choose another --out, or --resume {folder}.")
@@ -347,7 +344,7 @@ def begin(recipe, folder, device) -> Run:
     encoder = Encoder(tokenizer)
     check_context(encoder, recipe.context, recipe.max_steps)
     test_lakes(1, recipe.sides, recipe.min_hops)  # raises if there are none
-    new_worlds(recipe, 64, 1.0, np.random.default_rng(0))  # likewise
+    new_worlds(recipe, 64, 1.0, np.random.default_rng(0))  # so does this
     if recipe.model:
         llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
         network = QNetwork(llama, encoder.action_tokens, IA3(llama.config).to(device))
@@ -358,19 +355,20 @@ def begin(recipe, folder, device) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "tokenizer.json") as path:
             tokenizer.save(str(path))
-        save_network(run)  # so that a run that is stopped at once can be resumed too
+        save_network(run)  # a run stopped at once can be resumed too
         save(folder / "config.json", network.llama.config.to_dict() | {"icrl": asdict(recipe)})
     return run
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder (default: runs/NUMBER)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
-    parser.add_argument("--device", type=device, default=DEVICE)
-    parser.add_argument("--compile", action="store_true", help="compile for a minute, run faster")
-    parser.add_argument("--look-every", type=int, default=1200, help="steps (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=200, help="lakes played at the end")
+    add = parser.add_argument
+    add("--out", type=Path, help="folder (default: runs/NUMBER)")
+    add("--resume", type=Path, metavar="RUN", help="go on with this run")
+    add("--device", type=device, default=DEVICE)
+    add("--compile", action="store_true", help="compile for a minute, run faster")
+    add("--look-every", type=int, default=1200, help="steps (default: %(default)s)")
+    add("--trials", type=int, default=200, help="lakes played at the end")
     group = parser.add_argument_group("recipe")
     for f in fields(Recipe):
         kind = {"nargs": 2, "type": int} if f.name == "sides" else {"type": type(f.default)}
