@@ -43,10 +43,9 @@ OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()  # for col
 COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
 ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
 ALWAYS = np.ones_like  # the chance that the network chooses
-Played = list[list[Episode]]  # by trial and episode
 
 
-def test_lakes(count, sides, min_hops) -> list[Lake]:
+def test_lakes(count, sides, min_hops):
     """The first `count` test lakes of a distribution, always the same."""
     if count < 1:
         raise ValueError(f"At least one test lake has to be played, not {count}.")
@@ -65,7 +64,7 @@ def by_references(run, seed, *stages, episodes=30, **kind):
     return played
 
 
-def returns_of(played: Played):
+def returns_of(played):
     """(trials, episodes) undiscounted returns."""
     return np.array([[episode.total for episode in trial] for trial in played])
 
@@ -78,13 +77,13 @@ def wilson(mean, trials):
     return np.clip(np.array([centre - half, centre + half]) / (1 + z**2 / trials), 0, 1)
 
 
-def sparkline(played: Played):
+def sparkline(played):
     """The mean returns of the episodes in one word."""
     bars = "▁▂▃▄▅▆▇█"
     return "".join(bars[min(int(8 * mean), 7)] for mean in returns_of(played).mean(0))
 
 
-def table(played: dict[str, Played]):
+def table(played):
     """Mean returns, lakes on which a goal was found, and loops: last episodes that were cut off."""
     width = len(next(iter(played.values()))[0])
     size = 5 if width <= 30 else 10
@@ -148,8 +147,9 @@ def on_lakes(experiment, runs, folder, trials, seed):
         lakes = random_graphs(trials, np.random.default_rng(TEST_SEED))
     kind = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
     names = [str(run.folder) for run in runs] if len(runs) > 1 else [TRANSFORMER]
-    played = {name: play(run, lakes, seed, **kind) for name, run in zip(names, runs)}
-    if len(runs) == 1 and experiment != "unseen":  # so `exploration` is `unseen` and this
+    how = {"probability": ALWAYS} if len(runs) > 1 and experiment == "exploration" else {}
+    played = {name: play(run, lakes, seed, **how, **kind) for name, run in zip(names, runs)}
+    if len(runs) == 1 and experiment != "unseen":  # `exploration` is `unseen` and this
         played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **kind)
     played |= by_references(runs[0], seed, lakes, **kind)
     report(folder, experiment, f"{experiment}: {trials} worlds that no training saw", played)
@@ -322,7 +322,8 @@ def main(arguments=None):
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"One experiment at a time, and most of them on one run: {args.what}.")
     run, *others = [load_run(folder, args.device) for folder in folders]
-    out = args.out or (SHIPPED.parent if folders == [SHIPPED] else run.folder) / experiment
+    shipped = [folder.resolve() for folder in folders] == [SHIPPED]
+    out = args.out or (SHIPPED.parent if shipped else run.folder) / experiment
     if args.watch or experiment == "beliefs":
         lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
         if args.watch:

@@ -69,7 +69,7 @@ def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S).
 
     moves (N, S, A): where each action leads; -1: unknown, or nowhere. distance (N, S): 0 at goals,
-    elsewhere inf, or what it costs to end there.
+    elsewhere inf, or what it costs to stop there (Explorer).
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -80,7 +80,7 @@ def hops(moves, distance):
         distance = nearer
 
 
-def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test) -> list[Lake]:
+def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
     """`count` lakes by the rules of the paper's notebook: all are test lakes, or none.
 
     Width and height are uniform in `sides`. A tile is a start with probability 0.1, else a goal
@@ -116,7 +116,7 @@ def random_tiles(moves, min_hops, rng):
     return tiles, start.any(1) & (far | ~start).all(1)
 
 
-def random_graphs(count, rng) -> list[Lake]:
+def random_graphs(count, rng):
     """Worlds without a grid: any action on 9 to 25 tiles leads anywhere, goals are 3+ hops off."""
     graphs = []
     while len(graphs) < count:
@@ -226,7 +226,7 @@ class Episode:
         return float(self.rewards.sum())
 
 
-def roll_out(env, player, episodes, limit=math.inf, first=0) -> list[list[Episode]]:
+def roll_out(env, player, episodes, limit=math.inf, first=0):
     """Let `player` play so many episodes on every lake of `env`, side by side; [lake][episode].
 
     No lake waits for another: `player.act` is told each one's present episode, counted from
@@ -328,12 +328,12 @@ class Explorer:
 
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried, or an end
-        self.ends = np.full(env.goal.shape, UNTRIED)  # (N, S) 0: a goal, inf: a hole
+        self.ends = np.full(env.goal.shape, UNTRIED)  # (N, S) 0 at goals, inf in holes
         self.row, self.rng = env.row, rng
 
     def act(self, state, episode):
-        done = (self.known >= 0).all(-1)  # nothing is left to try there
-        distance = hops(self.known, np.where(done, np.inf, self.ends))
+        exhausted = (self.known >= 0).all(-1)  # nothing is left to try there
+        distance = hops(self.known, np.where(exhausted, np.inf, self.ends))
         lost = np.isinf(distance[self.row, state])
         self.known[lost], self.ends[lost] = -1, UNTRIED
         successor = self.known[self.row, state]  # (N, A)

@@ -10,7 +10,7 @@ delayed network. Their files are PEFT's.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 PEFT_NAME = "base_model.model.model.layers.{}.{}.ia3_l"  # of a layer and one of its modules
 MODULES = {"key": "self_attn.k_proj", "value": "self_attn.v_proj", "feed_forward": "mlp.down_proj"}
@@ -32,7 +32,7 @@ class IA3(nn.Module):
         self.value = nn.Parameter(torch.ones(layers, size))
         self.feed_forward = nn.Parameter(torch.ones(layers, config.intermediate_size))
 
-    def to_peft(self) -> dict[str, Tensor]:
+    def to_peft(self):
         """The tensors of PEFT's file: columns (K*hd, 1) for outputs, rows (1, I) for inputs."""
         tensors = {}
         for ours, module in MODULES.items():
@@ -42,7 +42,7 @@ class IA3(nn.Module):
         return tensors
 
     @torch.no_grad()
-    def from_peft(self, tensors: dict[str, Tensor]):
+    def from_peft(self, tensors):
         """Take over the tensors of PEFT's file; ValueError if they are not exactly ours."""
         expected = {name: tensor.shape for name, tensor in self.to_peft().items()}
         if different := expected.items() ^ {n: t.shape for n, t in tensors.items()}.items():

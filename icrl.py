@@ -54,7 +54,7 @@ class Template(NamedTuple):
     end: str
 
 
-def chat(begin, opening, closing, stop, end) -> Template:
+def chat(begin, opening, closing, stop, end):
     """Messages of a role and a text, as chat models know them: about ten tokens a step."""
     observation = f"{opening}observation{closing}{{}}{stop}"
     reward, cut = f"{opening}reward{closing}1.0{stop}", f"{opening}edit{closing}...{stop}"
@@ -81,7 +81,7 @@ def compact_tokenizer() -> Tokenizer:
 class Encoder:
     """Writes episodes as lists of pieces of text, each tokenized once."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer):
         known = [t for marker, t in TEMPLATES.items() if tokenizer.token_to_id(marker) is not None]
         if not known:
             raise ValueError(f"The tokenizer has none of the markers {', '.join(TEMPLATES)}.")
@@ -179,7 +179,7 @@ def encode_slice(encoder, sets, length, gamma) -> Batch:
     return Batch(*map(torch.tensor, columns))
 
 
-def collate(slices) -> Batch:
+def collate(slices):
     return Batch(*(pad_sequence(column, batch_first=True) for column in zip(*slices)))
 
 
@@ -244,7 +244,7 @@ CHUNK = 32  # trials are read side by side, padded to at most so much; longer te
 KEPT = 0.75  # of a full context when its oldest episodes are forgotten
 
 
-def model_probability(episode: np.ndarray) -> np.ndarray:
+def model_probability(episode):
     """The chance that the player and not a coin chooses: 0, 0, 0.1, 0.1, ... 0.9, then 1 (4.2).
 
     The paper forces the coin, lest a player that maximises Q never finds a goal.
@@ -278,7 +278,8 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # finished trials have nothing unread; once they are half, their rows are dropped
+        # a finished trial begins one more episode, then has nothing unread; once half of them are
+        # such, their rows are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -420,7 +421,7 @@ Run = namedtuple("Run", "folder recipe network encoder")
 
 
 @contextmanager
-def replacing(path: Path):
+def replacing(path):
     """Write to the yielded name; if all goes well it becomes `path` in one step."""
     new = path.with_name("tmp." + path.name)
     try:
@@ -430,7 +431,7 @@ def replacing(path: Path):
         new.unlink(missing_ok=True)
 
 
-def save(path: Path, content):
+def save(path, content):
     """Tensors by name as safetensors, anything else as JSON."""
     with replacing(path) as new:
         if path.suffix == ".safetensors":
@@ -448,8 +449,8 @@ def save_network(run):
     save(run.folder / "adapter_config.json", PEFT_CONFIG | base)
 
 
-def read_recipe(folder: Path) -> Recipe | None:
-    """The recipe of a run of train.py; None for any other checkpoint."""
+def read_recipe(folder) -> Recipe | None:
+    """The recipe of a run; None for any other checkpoint."""
     with reading(folder / "config.json") as path:
         settings = json.loads(path.read_text()).get("icrl")
         if settings is None:

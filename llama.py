@@ -77,7 +77,7 @@ class LlamaConfig:
 
 
 # ---- rotary position embedding
-def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
+def rope_frequencies(config, device=None):
     """Radians a token by which each pair of a head's dimensions turns, (hd / 2,) (Su et al. 2021).
 
     Llama 3.1 keeps those that turn often within the original context, divides by `factor` those
@@ -265,7 +265,7 @@ def fetch(source: str | Path, *files, revision="") -> Path:
 
 
 @contextmanager
-def reading(path: Path):
+def reading(path):
     """Names the file in whatever goes wrong with it."""
     try:
         yield path
@@ -274,12 +274,12 @@ def reading(path: Path):
         raise ValueError(f"{path} cannot be used: {reason}") from error
 
 
-def load_tensors(path: Path, device="cpu") -> dict[str, Tensor]:
+def load_tensors(path, device="cpu") -> dict[str, Tensor]:
     with reading(path.resolve()) as file:  # errors name the file, and no link to it
         return load_file(file, device=str(device))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder) -> Tokenizer:
     with reading(folder / "tokenizer.json") as path:
         return Tokenizer.from_file(str(path))
 

@@ -114,7 +114,7 @@ def own_trials(run, number):
 
 
 # ---- the network
-def new_network(recipe, encoder) -> QNetwork:
+def new_network(recipe, encoder):
     """A small Llama with random weights: deviation 0.02, less where a layer adds to its input."""
     vocab_size, D, heads = encoder.tokenizer.get_vocab_size(), recipe.width, recipe.heads
     if D % (2 * heads):
@@ -184,8 +184,9 @@ def schedule(recipe, step):
 def train(run, args):
     """Train from the last checkpoint, or the start, to the last step."""
     recipe, online, llama = run.recipe, run.network, run.network.llama
-    if recipe.batch % WORLD_SIZE:
-        raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {recipe.batch} slices.")
+    for slices in recipe.batch, max(1, recipe.batch * recipe.tokens // recipe.context):
+        if slices % WORLD_SIZE:
+            raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {slices} slices.")
     delayed, optimizers = online.delayed_copy(), make_optimizers(recipe, online)
     parameters, device = online.trained().values(), online.action_tokens.device
     at_once = 1 if recipe.model else recipe.batch  # slices in a pass

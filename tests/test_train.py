@@ -222,6 +222,9 @@ def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
             torch.testing.assert_close(state[f"{prefix}.{name}"], weight, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 3"):
         train.train(run._replace(recipe=replace(run.recipe, batch=3)), None)
+    late = replace(run.recipe, late_tokens=run.recipe.batch * run.recipe.tokens)
+    with pytest.raises(ValueError, match="2 processes cannot share a batch of 1"):
+        train.train(run._replace(recipe=late), None)
 
 
 def test_the_shipped_run_gives_the_shipped_curve(tmp_path):
@@ -234,10 +237,10 @@ def test_the_shipped_run_gives_the_shipped_curve(tmp_path):
     assert mean[25:].mean() > 0.97
 
 
-EXPERIMENTS = "larger harder shuffled graphs slippery compare exploration stitching changing"
+EXPERIMENTS = "larger harder shuffled graphs slippery exploration stitching changing".split()
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS.split())
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, "compare", "compare exploration"])
 def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment):
     """All players' table and curve, a picture. Changing: the first lake's episodes are given.
     Stitching: paths to goal and hole, neither beginning on the other one, that cross."""
@@ -249,19 +252,21 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment):
         return played
 
     monkeypatch.setattr(evaluation, "play", recorded)
-    other = [shutil.copytree(finished, tmp_path / "other")] * (experiment == "compare")
-    go(evaluation, experiment, finished, *other, "--trials", trials, "--out", tmp_path / "out")
+    other = [shutil.copytree(finished, tmp_path / "other")] * ("compare" in experiment)
+    runs, out = (finished, *other), ("--trials", trials, "--out", tmp_path / "out")
+    go(evaluation, *experiment.split(), *runs, *out)
     assert contents(tmp_path / "out").keys() == {"curve.csv", "curve.png"}
     rows, printed = rows_of(tmp_path / "out" / "curve.csv")[1:], capsys.readouterr().out
     players, episodes = list(dict.fromkeys(rows[:, 1])), len(set(rows[:, 2]))
     assert players[2:5] == PLAYERS[1:] or players[1:] == PLAYERS[1:]
     sizes = {"slippery": (6, 30), "changing": (4, 60), "stitching": (5, 5)}
     assert (len(players), episodes) == sizes.get(experiment, (5, 30))
-    name = "unseen" if experiment == "compare" else experiment
+    name = "unseen" if experiment == "compare" else experiment.split()[-1]
     expected = [[name, p, str(e), trials] for p in players for e in range(episodes)]
     assert rows[:, [0, 1, 2, 6]].tolist() == expected
     assert all(f"\n{player} " in printed for player in players)
-    unforced = {"compare": [False] * 2, "changing": [False] * 2, "stitching": [True] * 2}
+    unforced = {"compare": [False] * 2, "changing": [False] * 2}
+    unforced |= {"stitching": [True] * 2, "compare exploration": [True] * 2}
     assert [call[3] for call in calls] == unforced.get(experiment, [False, True])
     assert all(lake.is_test != bool(lake.links) for lake in calls[0][0][5:])
     assert all(bool(lake.links) == (experiment == "graphs") for lake in calls[0][0])
