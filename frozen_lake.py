@@ -29,7 +29,7 @@ class Lake:
     """A map: `rows` of equal length over S (start), F (frozen), H (hole), G (goal)."""
 
     rows: tuple[str, ...]
-    links: tuple = ()  # where each action leads from each tile, (tiles, A), if no grid
+    links: tuple = ()  # where each direction leads from each tile, (tiles, A), if no grid
 
     def __post_init__(self):
         letters = set("".join(self.rows))
@@ -58,7 +58,7 @@ class Lake:
 
 
 def grid_moves(height, width):
-    """Where each action leads on a walled grid: tiles (height * width, A)."""
+    """Where each direction leads on a walled grid: tiles (height * width, A)."""
     row, column = np.divmod(np.arange(height * width)[:, None], width)  # (tiles, 1)
     down, right = np.transpose(DIRECTIONS)  # (A,)
     row, column = np.clip(row + down, 0, height - 1), np.clip(column + right, 0, width - 1)
@@ -68,8 +68,8 @@ def grid_moves(height, width):
 def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S).
 
-    moves (N, S, A): where each action leads; -1: unknown, or nowhere. distance (N, S): 0 at goals,
-    elsewhere inf, or what it costs to stop there (Explorer).
+    moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): 0 at
+    goals, elsewhere inf, or what it costs to stop there (Explorer).
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:

@@ -241,7 +241,7 @@ def polyak_update(online, delayed, alpha):
 
 # ---- playing
 CHUNK = 32  # trials are read side by side, padded to at most so much; longer texts alone
-KEPT = 0.75  # of a full context when its oldest episodes are forgotten
+KEPT = 0.75  # of a full context, when its oldest episodes are forgotten
 
 
 def model_probability(episode):
