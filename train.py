@@ -38,17 +38,19 @@ from llama import load_tensors, load_tokenizer
 
 # the number of this process, and of all: see "several GPUs"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-ADAMW = {"learning_rate": 1e-2, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
+ADAMW = {"learning_rate": 0.01, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
 PAPER = Recipe(
     model="meta-llama/Llama-3.1-8B-Instruct",
     dtype="bfloat16",
     easy_until=0.0,
     own=0.0,
+    hard=0.0,
     lakes=250,
     episodes=1500,  # on each lake: together about what the notebook's 9,556 slices hold
     collection_steps=955,  # all of them, 10 slices each, from one collection: nothing is late
     steps=955,
     tokens=4096,
+    late_tokens=0,
     batch=10,
     reward_scale=30.0,
     **ADAMW,
