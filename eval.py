@@ -8,7 +8,7 @@
     larger       figure 4: lakes of 6-7 tiles a side
     stitching    figure 5: two given paths cross, one of which wins
     changing     figure 7: each lake is another one from episode 30 on
-    exploration  section 4.6: no random action is ever forced
+    exploration  section 4.6: with nothing forced too; so are `larger` and the next four
     harder       5 x 5 tiles, goals 7 hops away or more
     shuffled     tile numbers and action words that mean something else on each lake
     graphs       no grid: any action leads anywhere

@@ -83,7 +83,7 @@ def hops(moves, distance):
 def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
     """`count` lakes by the rules of the paper's notebook: all are test lakes, or none.
 
-    Width and height are uniform in `sides`. A tile is a start with probability 0.1, else a goal
+    Width and height are drawn from `sides`. A tile is a start with probability 0.1, else a goal
     with 0.1, else a hole with 0.2. A map is kept if it has a start and, from every start, the
     nearest goal is in reach and at least `min_hops` away. ValueError if there are (almost) none.
     """
@@ -245,8 +245,8 @@ def roll_out(env, player, episodes, limit=math.inf, first=0):
         episode = episode + (over & playing)
         bar.update((over & playing).sum())
     bar.close()
-    columns = (np.stack(column, axis=1) for column in zip(*steps))  # of each field: (N, steps)
-    return [split(Step(*rows)) for rows in zip(*columns)]  # of each lake: a row of every field
+    fields = [np.stack(field, axis=1) for field in zip(*steps)]  # each (N, steps)
+    return [split(Step(*(field[lake] for field in fields))) for lake in env.row]
 
 
 def split(steps):
@@ -328,14 +328,14 @@ class Explorer:
 
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried, or an end
-        self.ends = np.full(env.goal.shape, UNTRIED)  # (N, S) 0 at goals, inf in holes
+        self.stop = np.full(env.goal.shape, UNTRIED)  # (N, S) cost: 0 at goals, inf in holes
         self.row, self.rng = env.row, rng
 
     def act(self, state, episode):
         exhausted = (self.known >= 0).all(-1)  # nothing is left to try there
-        distance = hops(self.known, np.where(exhausted, np.inf, self.ends))
+        distance = hops(self.known, np.where(exhausted, np.inf, self.stop))
         lost = np.isinf(distance[self.row, state])
-        self.known[lost], self.ends[lost] = -1, UNTRIED
+        self.known[lost], self.stop[lost] = -1, UNTRIED
         successor = self.known[self.row, state]  # (N, A)
         onward = 1 + distance[self.row[:, None], successor]
         cost = np.where(successor < 0, UNTRIED, onward)
@@ -344,9 +344,9 @@ class Explorer:
     def learn(self, step):
         outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.ends[row, step.state[row]] = UNTRIED  # it did not end the episode
+        self.stop[row, step.state[row]] = UNTRIED  # no end, or none any more
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
-        self.ends[row, step.successor[row]] = outcome[row]
+        self.stop[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
         self.known[row, step.successor[row]] = -1  # nothing leads on from an end
 

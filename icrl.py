@@ -7,7 +7,7 @@ lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and 
 bad, a network has to work out from tau which lake this is: so it plays better, the longer tau gets.
 For training, 20 to 40 episodes of a lake, in random order lest their places tell how good their
 player was, are a *set*, and late in training so is a trial that the network played itself; sets of
-many lakes are cut into *slices* of T tokens.
+many lakes fill *slices* of T tokens.
 
 Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words;
 the small network's text has no role headers; a full context forgets its oldest episodes.
@@ -309,7 +309,7 @@ class InContext:
         self.unread[i] += tokens
 
     def _read(self, rows):
-        """Let the network read on in these rows, and note its Q-values."""
+        """Let it read on in a slice of rows (a view of the cache), and note its Q-values."""
         trials, cache, device = self.trial[rows], self.cache[rows], self.cache.lengths.device
         unread = [torch.tensor(self.unread[i], dtype=torch.long) for i in trials]
         counts = torch.tensor(list(map(len, unread)), device=device)  # (rows,)

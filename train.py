@@ -4,7 +4,7 @@
     python train.py --model meta-llama/Llama-3.1-8B-Instruct    the paper, on one GPU
     python train.py --model RUN             the paper's method in miniature, on a run's network
     python train.py --resume RUN            go on from a run's last checkpoint
-    torchrun --nproc-per-node 4 train.py    several GPUs share each batch
+    torchrun --nproc-per-node 2 train.py    several GPUs share each batch
 
 Sections 3 (optimisation) and 4.1 (data) of the paper. Departures, for the small network: all its
 weights are trained, by Muon and AdamW, at falling rates; its lakes are new all the time, and easier
@@ -59,7 +59,7 @@ PAPER = Recipe(
 
 # ---- the data
 def collect(run, number):
-    """Batches of Q-learning's episodes on new lakes and, once late, of the network's own trials.
+    """A collection's batches: Q-learning on new lakes and, once late, the network's own trials.
     All follows from the recipe, the number, the process and the network.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])

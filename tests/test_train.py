@@ -212,7 +212,7 @@ def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
             (td_loss(q, batch.actions, targets, batch.mask) / 2).backward()
         torch.nn.utils.clip_grad_norm_(online.parameters(), 1.0)
         share = min(1, (step + 1) / 4) * (1 - 0.97 * max(0, step / 10 - 0.2) / 0.8)
-        adamw.param_groups[0]["lr"] = 3e-3 * share  # it rises for 4 steps, and falls from 20 % on
+        adamw.param_groups[0]["lr"] = 0.01 * share  # it rises for 4 steps, and falls from 20 % on
         adamw.step()
         for phi, theta in zip(delayed.parameters(), online.parameters()):
             phi.data = 0.1 * theta.data + 0.9 * phi.data
