@@ -211,9 +211,9 @@ def test_playing_gives_the_q_values_of_a_full_forward_of_the_newest_episodes(enc
     """Whole episodes are forgotten, a quarter of a context, which has to have room for another."""
     lakes = [Lake(("SFG",)), Lake(("SFF", "FFF", "FFG")), Lake(("SFF", "FHF", "FFG"))]
     with pytest.raises(ValueError, match=r"^9 tokens of context are too few for") as error:
-        icrl.play(make_run(encoder, tokens=9, max_steps=9), lakes, seed=0)
+        icrl.play(make_run(encoder, late_tokens=9, max_steps=9), lakes, seed=0)
     room, seen = int(re.search(r"ask for (\d+), or", str(error.value))[1]), []
-    run, past = make_run(encoder, adapter, tokens=room, max_steps=9), [[CUT] * 20, [WON], []]
+    run, past = make_run(encoder, adapter, late_tokens=room, max_steps=9), [[CUT] * 20, [WON], []]
 
     class Watched(icrl.InContext):
         def act(self, *arguments):
