@@ -150,7 +150,7 @@ def draw_set(episodes, rng, quality="mid"):
     weights = np.array([QUALITY[quality] if e.total > 0 else 1.0 for e in episodes])
     size = min(rng.integers(20, 41), len(episodes))
     drawn = rng.choice(len(episodes), size, replace=False, p=weights / weights.sum())
-    return [episodes[i] for i in drawn]
+    return [episodes[i] for i in rng.permutation(drawn)]  # `choice` draws likely ones first
 
 
 def encode_slice(encoder, sets, length, gamma) -> Batch:
