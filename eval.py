@@ -5,17 +5,18 @@
     python eval.py [RUN] --watch         one trial, step by step, with its Q-values
 
     unseen       figure 3: the return rises from episode to episode
-    larger       figure 4: lakes of 6-7 tiles a side
     stitching    figure 5: two given paths cross, one of which wins
     changing     figure 7: each lake is another one from episode 30 on
-    exploration  section 4.6: with nothing forced too; so are `larger` and the next four
+    beliefs      figure 1, and the best action on each tile; --gif: a film
+    A single run plays these twice, the second time with nothing forced:
+    exploration  section 4.6: the lakes of `unseen` (several runs: with nothing forced alone)
+    larger       figure 4: lakes of 6-7 tiles a side
     harder       5 x 5 tiles, goals 7 hops away or more
     shuffled     tile numbers and action words that mean something else on each lake
     graphs       no grid: any action leads anywhere
     slippery     a step may go to either side
-    beliefs      figure 1, and the best action on each tile; --gif: a film
 
-No weight changes. Departures: 200 trials instead of 50, and other players beside.
+No weight changes, and other players play beside.
 """
 
 import argparse
@@ -25,9 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from frozen_lake import ACTIONS, DIRECTIONS, Episode, Explorer, FrozenLake, Lake, Planner
-from frozen_lake import RandomPlayer, TabularQ, draw, hops, random_graphs, random_lakes, roll_out
-from frozen_lake import worlds
+from frozen_lake import ACTIONS, DIRECTIONS, Episode, Explorer, Lake, Planner, RandomPlayer
+from frozen_lake import TabularQ, draw, hops, random_graphs, random_lakes, roll_out, worlds
 from icrl import SHIPPED, InContext, load_run, model_probability, play, replacing
 from llama import DEVICE, device, exit_in_one_sentence
 
@@ -211,7 +211,7 @@ def crossing_paths(lake, rng):
 
 
 def stitching(run, folder, trials, seed):
-    """Figure 5: the notebook's lake, five times, and generated ones; nothing is forced."""
+    """Figure 5: the notebook's lake, five times, and others; on the network nothing is forced."""
     rng = np.random.default_rng(TEST_SEED)
     lakes = [NOTEBOOK_LAKE] * 5
     given = [[along(NOTEBOOK_LAKE, 2, [1] * 5), along(NOTEBOOK_LAKE, 8, [2] * 3)]] * 5
@@ -242,7 +242,7 @@ def watch(run, lake, seed):
             lines.append(f"  {state[0]:4} {values}   {ACTIONS[action[0]]}{coin}")
             return action
 
-    env = FrozenLake([lake], rng, run.recipe.max_steps)
+    env = worlds([lake], rng, run.recipe.max_steps)
     (episodes,) = roll_out(env, Watched(run, env, rng), 30)
     print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
     for number, episode in enumerate(episodes):
@@ -259,7 +259,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     Each tile has a row of the cache, with the episodes before, as if the next one began there.
     """
     tiles = env.numbers[0]
-    same = FrozenLake([lake] * len(tiles), env.rng, env.max_steps)
+    same = worlds([lake] * len(tiles), env.rng, env.max_steps)
     player = InContext(run, same, env.rng, given=[episodes[:number]] * len(tiles))
     player.act(tiles, episode=number)
     best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)

@@ -69,7 +69,7 @@ def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S).
 
     moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): 0 at
-    goals, elsewhere inf, or what it costs to stop there (Explorer).
+    goals, elsewhere inf, or another price for which a way may end there (Explorer).
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -88,7 +88,7 @@ def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
     nearest goal is in reach and at least `min_hops` away. ValueError if there are (almost) none.
     """
     low, high = sides
-    asked = f"lakes of {low} to {high} tiles a side with goals {min_hops} or more hops away"
+    asked = f"lakes of every size from {low} to {high} tiles a side with goals {min_hops} hops away"
     if not 2 <= low <= high <= 10 or not 1 <= min_hops < low * low:
         raise ValueError(f"There are no {asked}: take 2 to 10 tiles a side, and fewer hops.")
     lakes = []
@@ -97,7 +97,7 @@ def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
             return lakes[:count]
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
-            each = 16384 // high**2  # as many maps of every size
+            each = 16384 // high**2  # as many tries for every size
             moves = np.tile(grid_moves(height, width), (each, 1, 1))
             tiles, kept = random_tiles(moves, min_hops, rng)
             maps = tiles[kept].reshape(-1, height, width)
@@ -141,10 +141,10 @@ def window(lake, rng, side=7):
 class FrozenLake:
     """N lakes stepped at once, as gymnasium's FrozenLake-v1; row i of every array is lake i.
 
-    An action off the edge stays in place; entering a goal pays 1; holes and goals end the episode;
-    after `max_steps` it is truncated. Each lake may have its own `numbers` (tiles,) for its tiles
-    and `words` (A,), the direction of each action word; all or some may be `slippery`: a move then
-    goes as asked or to either side, with probability 1/3 each.
+    States are tile numbers. An action off the edge stays in place; entering a goal pays 1; holes
+    and goals end the episode; after `max_steps` it is truncated. Each lake may have its own
+    `numbers` (tiles,) for its tiles and `words` (A,), the direction of each action word; all or
+    some may be `slippery`: a move then goes as asked or to either side, with probability 1/3 each.
     """
 
     def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=(), words=range(4), slippery=False):
@@ -161,6 +161,7 @@ class FrozenLake:
             self.moves[i, number] = number[lake.moves]
         self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
         self.end = self.goal | (self.tiles == "H")
+        # as in gymnasium, nobody leaves an end
         self.moves = np.where(self.end[..., None], np.arange(size)[:, None], self.moves)
         self.state, self.steps = np.zeros((2, N), int)
         self.reset(np.ones(N, bool))
@@ -301,18 +302,19 @@ class Planner(RandomPlayer):  # for its `learn`
     """The best possible player: it knows the lake, and iterates values over the steps left."""
 
     def __init__(self, env, rng):
-        self.env, self.best = env, []  # (N, S) directions after 0 steps, 1, ...
+        self.env, best = env, []  # (N, S) directions, of the last step first
         value, slip = np.zeros(env.tiles.shape), env.slippery[:, None, None] / 3
         for _ in range(env.max_steps):
             worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))
             worth = worth[env.row[:, None, None], env.moves]  # (N, S, A)
             sideways = np.roll(worth, 1, -1) + np.roll(worth, -1, -1)
             worth = (1 - 2 * slip) * worth + slip * sideways
-            self.best.insert(0, worth.argmax(-1))
+            best.append(worth.argmax(-1))
             value = worth.max(-1)
+        self.best = np.array(best[::-1])  # (max_steps, N, S), by the steps taken
 
     def act(self, state, episode):
-        direction = np.array(self.best)[self.env.steps, self.env.row, state]
+        direction = self.best[self.env.steps, self.env.row, state]
         return (self.env.words == direction[:, None]).argmax(1)
 
 
@@ -344,11 +346,11 @@ class Explorer:
     def learn(self, step):
         outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.stop[row, step.state[row]] = UNTRIED  # no end, or none any more
+        self.stop[row, step.state[row]] = UNTRIED  # it moved on: no end (any more)
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
         self.stop[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
-        self.known[row, step.successor[row]] = -1  # nothing leads on from an end
+        self.known[row, step.successor[row]] = -1  # and nobody moves on from an end
 
 
 def draw(lake, path=()):
@@ -362,7 +364,7 @@ def draw(lake, path=()):
 if __name__ == "__main__":
     rng = np.random.default_rng()
     lakes = random_lakes(1, rng, test=False)
-    env = FrozenLake(lakes, rng)
+    env = worlds(lakes, rng)
     players = {
         "random": RandomPlayer(env, rng),
         "tabular Q-learning": TabularQ(env, rng, greedy=lambda episode: episode / 30),

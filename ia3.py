@@ -33,23 +33,22 @@ class IA3(nn.Module):
         self.feed_forward = nn.Parameter(torch.ones(layers, config.intermediate_size))
 
     def to_peft(self):
-        """The tensors of PEFT's file: columns (K*hd, 1) for outputs, rows (1, I) for inputs."""
-        tensors = {}
+        """Views of the vectors as in PEFT's file: columns (K*hd, 1) of outputs, rows (1, I)."""
+        views = {}
         for ours, module in MODULES.items():
             shape = (1, -1) if ours == "feed_forward" else (-1, 1)
-            for layer, vector in enumerate(getattr(self, ours).detach().cpu()):
-                tensors[PEFT_NAME.format(layer, module)] = vector.reshape(shape).clone()
-        return tensors
+            for layer, vector in enumerate(getattr(self, ours).detach()):
+                views[PEFT_NAME.format(layer, module)] = vector.view(shape)
+        return views
 
-    @torch.no_grad()
     def from_peft(self, tensors):
         """Take over the tensors of PEFT's file; ValueError if they are not exactly ours."""
-        expected = {name: tensor.shape for name, tensor in self.to_peft().items()}
+        views = self.to_peft()
+        expected = {name: view.shape for name, view in views.items()}
         if different := expected.items() ^ {n: t.shape for n, t in tensors.items()}.items():
             raise ValueError(f"The vectors are not those of this model: see {min(different)[0]}.")
-        for ours, module in MODULES.items():
-            for layer, vector in enumerate(getattr(self, ours)):
-                vector.copy_(tensors[PEFT_NAME.format(layer, module)].flatten())
+        for name, view in views.items():
+            view.copy_(tensors[name])
         return self
 
 

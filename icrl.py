@@ -4,13 +4,12 @@
 
 The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
 lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
-bad, a network has to work out from tau which lake this is: so it plays better, the longer tau gets.
+bad, a network has to work out from tau which lake this is: the longer tau, the better it plays.
 For training, 20 to 40 episodes of a lake, in random order lest their places tell how good their
 player was, are a *set*, and late in training so is a trial that the network played itself; sets of
 many lakes fill *slices* of T tokens.
 
-Departures from the paper (arXiv 2501.14176) and its notebook: the argmax is over the action words;
-the small network's text has no role headers; a full context forgets its oldest episodes.
+Sections 3 and 4 of the paper (arXiv 2501.14176); departures: the README's last table.
 Shapes: B batch, T tokens, N action positions (or trials side by side), A actions, D model.
 """
 
@@ -33,8 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from frozen_lake import ACTIONS, MAX_STEPS, MAX_TILES, FrozenLake, RandomPlayer, draw
-from frozen_lake import random_lakes, roll_out, worlds
+from frozen_lake import ACTIONS, MAX_STEPS, MAX_TILES, RandomPlayer, draw, random_lakes, roll_out
+from frozen_lake import worlds
 from ia3 import IA3, PEFT_CONFIG
 from llama import KVCache, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer, reading
 
@@ -46,8 +45,8 @@ class Template(NamedTuple):
     """How an episode is written; `{}` is a tile number or an action word."""
 
     begin: str
-    observation: str  # Q is read at its last token, if there is no prompt
-    prompt: str  # Q is read at its last token
+    observation: str
+    prompt: str  # may be empty; Q is read at the last token before an action
     action: str
     reward: str  # written if the reward is 1
     cut: str  # written if the step limit ended the episode
@@ -57,7 +56,8 @@ class Template(NamedTuple):
 def chat(begin, opening, closing, stop, end):
     """Messages of a role and a text, as chat models know them: about ten tokens a step."""
     observation = f"{opening}observation{closing}{{}}{stop}"
-    reward, cut = f"{opening}reward{closing}1.0{stop}", f"{opening}edit{closing}...{stop}"
+    reward = f"{opening}reward{closing}1.0{stop}"
+    cut = f"{opening}edit{closing}...{stop}"  # so the notebook calls it
     return Template(begin, observation, f"{opening}action{closing}", "{}" + stop, reward, cut, end)
 
 
@@ -136,10 +136,10 @@ class Batch(NamedTuple):
     mask: Tensor  # (B, N) bool, what counts in the loss
 
     def to(self, device):
-        return Batch(*(field.to(device) for field in self))
+        return Batch(*(column.to(device) for column in self))
 
     def split(self, size):
-        return [Batch(*parts) for parts in zip(*(field.split(size) for field in self))]
+        return [Batch(*parts) for parts in zip(*(column.split(size) for column in self))]
 
 
 QUALITY = {"high": 5.0, "mid": 1.0, "low": 0.2}  # weights of a success; a failure has 1
@@ -173,7 +173,7 @@ def encode_slice(encoder, sets, length, gamma) -> Batch:
         if len(tokens) >= length:
             break
     n = sum(position < length for position in positions)
-    # What follows the last action is beyond the slice: no loss, unless an episode ends there.
+    # The last action's target is beyond the slice: no loss, unless it ends an episode (y = r).
     mask = [True] * (n - 1) + [discounts[n - 1] == 0]
     columns = (tokens[:length], positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
     return Batch(*map(torch.tensor, columns))
@@ -247,7 +247,7 @@ KEPT = 0.75  # of a full context, when its oldest episodes are forgotten
 def model_probability(episode):
     """The chance that the player and not a coin chooses: 0, 0, 0.1, 0.1, ... 0.9, then 1 (4.2).
 
-    The paper forces the coin, lest a player that maximises Q never finds a goal.
+    The paper forces the coin, lest a player that maximises Q never find a goal.
     """
     return np.minimum(episode // 2 / 10, 1.0)
 
@@ -278,8 +278,8 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # a finished trial begins one more episode, then has nothing unread; once half of them are
-        # such, their rows are dropped
+        # a trial that is over reads one more opening, then nothing ; once that is so for half of
+        # the rows, they are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -309,7 +309,7 @@ class InContext:
         self.unread[i] += tokens
 
     def _read(self, rows):
-        """Let it read on in a slice of rows (a view of the cache), and note its Q-values."""
+        """Let the network read on in some rows, a slice of them; note the last Q-values."""
         trials, cache, device = self.trial[rows], self.cache[rows], self.cache.lengths.device
         unread = [torch.tensor(self.unread[i], dtype=torch.long) for i in trials]
         counts = torch.tensor(list(map(len, unread)), device=device)  # (rows,)
@@ -328,7 +328,7 @@ def check_context(encoder, context, max_steps):
     """ValueError if an episode may outgrow the KEPT share of so many tokens."""
     kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
     step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
-    if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3 for what ends it
+    if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3 for opening and end
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
         raise ValueError(f"{few}: ask for {needed}, or for fewer --max-steps.")
 
@@ -338,10 +338,9 @@ def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_p
     rng, played, at_once = np.random.default_rng(seed), [], len(lakes)
     llama = run.network.llama
     if llama.unembedding.is_cuda:  # as many as its memory holds
-        one = KVCache(llama, 1, run.recipe.context + CHUNK, device="meta")
+        one = KVCache(llama, 1, run.recipe.context + CHUNK).keys.nbytes
         free, _ = torch.cuda.mem_get_info(llama.unembedding.device)
-        each = 4 * one.keys.nbytes  # keys, values, a copy of half of the rows, some room
-        at_once = max(1, free // each)
+        at_once = max(1, free // (4 * one))  # keys, values, a copy of half of the rows, some room
     for start in range(0, len(lakes), at_once):
         part = slice(start, start + at_once)
         env = worlds(lakes[part], rng, run.recipe.max_steps, **kind)
@@ -358,7 +357,7 @@ def flag(default, text, low=None, high=math.inf, choices=()):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run depends on. Defaults: the small network's; train.PAPER: the paper's."""
+    """A run, but for the machine. Defaults: the small network's; train.PAPER: the paper's."""
 
     model: str = flag("", "base to adapt by IA3: a folder or a Hub repository")
     revision: str = flag("", "the Hub repository's branch, tag or commit")
@@ -366,7 +365,7 @@ class Recipe:
     layers: int = flag(2, "layers of a new network", 1)
     width: int = flag(64, "model dimension of a new network", 1)
     heads: int = flag(2, "attention heads of a new network", 1)
-    # the data, as train.collect makes it; late: collections begun after `late_from`
+    # the data; a collection: games on new lakes, for so many steps; late: begun after `late_from`
     sides: tuple[int, int] = flag((3, 5), "fewest and most tiles a side")
     min_hops: int = flag(4, "fewest steps from a start to a goal")
     easy_until: float = flag(0.4, "share of training over which easy lakes disappear", 0, 1)
@@ -384,8 +383,8 @@ class Recipe:
     # the optimisation
     steps: int = flag(8400, "optimizer steps", 1)
     tokens: int = flag(512, "tokens in a slice", 1)
-    late_tokens: int = flag(1024, "in a late slice, fewer a batch, and at play; 0: as before", 0)
-    batch: int = flag(4, "slices in a batch", 1)
+    late_tokens: int = flag(1024, "tokens in a late slice, and at play; 0: as in others", 0)
+    batch: int = flag(4, "slices in a batch; late ones: as many tokens", 1)
     gamma: float = flag(0.9, "discount", 0, 1)
     reward_scale: float = flag(1.0, "of the rewards; 30 suits an official Llama's logits", 0)
     alpha: float = flag(0.1, "share of theta in each Polyak step (eq. 8)", 0, 1)
@@ -470,7 +469,7 @@ def load_run(folder: str | Path, device="cpu") -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: a file's memory is aligned otherwise, and kernels then round otherwise
+    else:  # copied: in a file's memory, aligned otherwise, kernels round otherwise
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 
@@ -480,7 +479,7 @@ def main(folder=SHIPPED):
     """A failure and a success of a random player, from the lake to the loss."""
     run, rng = load_run(folder), np.random.default_rng(1)
     encoder, lakes = run.encoder, random_lakes(1, rng, min_hops=3, test=True)
-    env = FrozenLake(lakes, rng)
+    env = worlds(lakes, rng)
     (played,) = roll_out(env, RandomPlayer(env, rng), 100)
     failure = next(e for e in played if e.total == 0 and len(e.actions) < 4)
     success = next(e for e in played if e.total > 0 and len(e.actions) < 6)
@@ -490,7 +489,7 @@ def main(folder=SHIPPED):
     print("A slice of a failure, this success and, once more, this success:\n")
     episodes = [failure, success, success]
     length = len(encoder.tokens(chain(*map(encoder.write, episodes))))
-    batch = collate([encode_slice(encoder, iter([episodes]), length, run.recipe.gamma)])
+    batch = collate([encode_slice(encoder, [episodes], length, run.recipe.gamma)])
     q = run.network(batch.tokens, batch.positions)  # (1, N, A)
     batch = batch._replace(rewards=run.recipe.reward_scale * batch.rewards)
     y = td_targets(q, q, batch.rewards, batch.discounts)  # (1, N); here phi is theta

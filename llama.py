@@ -64,7 +64,8 @@ class LlamaConfig:
         # transformers 5 keeps RoPE's settings in rope_parameters, transformers 4 beside the others
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         config["rope_theta"] = float(rope.pop("rope_theta", config.get("rope_theta", 10_000)))
-        rope["rope_type"] = kind = rope.pop("type", None) or rope.get("rope_type", "default")
+        kind = rope.pop("type", None) or rope.get("rope_type", "default")
+        rope["rope_type"] = kind
         if kind != "default" and (kind != "llama3" or set(LLAMA3_SCALING) - rope.keys()):
             raise ValueError(f"RoPE scaling {rope} is not implemented, or not whole")
         config["rope_scaling"] = None if kind == "default" else rope
@@ -107,16 +108,16 @@ class KVCache:
     """Keys and values of all past tokens; row b holds lengths[b] of them.
 
     Rows advance at their own pace: whoever feeds a chunk (B, T), padded at the right, then adds
-    each row's number of real tokens to `lengths`. Padding needs slots too, but nothing attends to
-    it, and the next chunk overwrites it.
+    each row's number of real tokens to `lengths`. Padding takes slots too, but no real token
+    attends to it, and the row's next tokens overwrite it.
     """
 
-    def __init__(self, llama, rows, slots, device=None):
+    def __init__(self, llama, rows, slots):
         config, like = llama.config, llama.unembedding
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = like.new_zeros(shape, device=device)  # (L, B, K, S, hd)
+        self.keys = like.new_zeros(shape)  # (L, B, K, S, hd)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = like.new_zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.lengths = like.new_zeros(rows, dtype=torch.long)  # (B,)
 
     def __getitem__(self, rows):
         """Some rows: a list gives a copy; a slice a view, and what that is fed lands here too."""
@@ -249,7 +250,7 @@ class Llama(nn.Module):
 
 # ---- checkpoints; whatever is wrong with them is a ValueError of one sentence
 def fetch(source: str | Path, *files, revision="") -> Path:
-    """A checkpoint's folder: `source`, or what the Hub's cache has or downloads."""
+    """A checkpoint's folder: `source`, or its copy in the Hub's cache, downloaded if missing."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -275,7 +276,7 @@ def reading(path):
 
 
 def load_tensors(path, device="cpu") -> dict[str, Tensor]:
-    with reading(path.resolve()) as file:  # errors name the file, and no link to it
+    with reading(path.resolve()) as file:  # errors name the file itself, no link to it
         return load_file(file, device=str(device))
 
 

@@ -6,9 +6,7 @@
     python train.py --resume RUN            go on from a run's last checkpoint
     torchrun --nproc-per-node 2 train.py    several GPUs share each batch
 
-Sections 3 (optimisation) and 4.1 (data) of the paper. Departures, for the small network: all its
-weights are trained, by Muon and AdamW, at falling rates; its lakes are new all the time, and easier
-at first; in the end half of its data are its own trials (4.6).
+Sections 3 (optimisation) and 4.1 (data) of the paper; departures: the README's last table.
 
 A run is a folder: config.json (shape and recipe), tokenizer.json, what was trained
 (model.safetensors, or PEFT's files), state.safetensors (for --resume), log.csv and eval.py's curve.
@@ -75,8 +73,10 @@ def collect(run, number):
     def sets():
         while True:
             for lake in rng.permutation(len(env)):
-                by_network = own and rng.random() < recipe.own
-                yield next(own) if by_network else draw_set(played[lake], rng, recipe.quality)
+                if own and rng.random() < recipe.own:
+                    yield next(own)
+                else:
+                    yield draw_set(played[lake], rng, recipe.quality)
 
     stream, length = sets(), (recipe.context if late else recipe.tokens)
     mine = range(max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE))
@@ -85,14 +85,14 @@ def collect(run, number):
 
 
 def new_worlds(recipe, count, progress, rng):
-    """Lakes for this share of the training: fewer and fewer easy ones, late hard ones."""
+    """The environment at this share of the training: ever fewer easy lakes, late hard ones."""
     late, easy = progress >= recipe.late_from, 0
     if progress < recipe.easy_until:
         easy = round(count * (1 - progress / recipe.easy_until))
     hard = round((count - easy) * recipe.hard * late)
     lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
     lakes += random_lakes(count - easy - hard, rng, recipe.sides, recipe.min_hops, test=False)
-    if hard:
+    if hard:  # else there need not be any
         lakes += random_lakes(hard, rng, (recipe.sides[1],) * 2, recipe.min_hops + 3, test=False)
     assert not any(lake.is_test for lake in lakes)
     shares = recipe.shuffled, recipe.windows * late, recipe.slippery
@@ -100,9 +100,9 @@ def new_worlds(recipe, count, progress, rng):
 
 
 def own_trials(run, number):
-    """What the network does on lakes of its own, each for about as long as a slice: in the order
-    played and, on every second one, with random actions forced, as at test. Its mistakes are in no
-    other player's data: only they teach it what loops and detours are worth.
+    """What the network does on 64 other lakes, as at test, each for about as long as a slice; on
+    every second one random actions are forced. Its mistakes are in no other player's data: only
+    they teach it what loops and detours are worth.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
     env = new_worlds(recipe, 64, progress=1.0, rng=rng)
@@ -137,6 +137,14 @@ def kept_bytes(config, tokens, dtype):
     a_token = 9 * config.hidden_size + 4 * config.intermediate_size
     a_token += 2 * config.num_key_value_heads * config.head_dim
     return tokens * config.num_hidden_layers * a_token * dtype.itemsize
+
+
+def keeps_too_much(llama, tokens):
+    """Whether that is more than a GPU's free memory, or half of a CPU's."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if llama.unembedding.is_cuda:
+        room, _ = torch.cuda.mem_get_info(llama.unembedding.device)
+    return kept_bytes(llama.config, tokens, llama.unembedding.dtype) > room
 
 
 # ---- the training
@@ -192,11 +200,7 @@ def train(run, args):
     delayed, optimizers = online.delayed_copy(), make_optimizers(recipe, online)
     parameters, device = online.trained().values(), online.action_tokens.device
     at_once = 1 if recipe.model else recipe.batch  # slices in a pass
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # half of a CPU's memory
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    tokens = max(at_once * recipe.tokens, recipe.context)
-    llama.checkpointing = kept_bytes(llama.config, tokens, llama.unembedding.dtype) > free
+    llama.checkpointing = keeps_too_much(llama, max(at_once * recipe.tokens, recipe.context))
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
     # own trials are played by the weights at a collection's start: a resumed run must begin there
     save_every = recipe.collection_steps if recipe.own else 50
@@ -252,7 +256,7 @@ def train(run, args):
             if step % save_every == 0 or step == recipe.steps:
                 with replacing(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
-                save_state(run, delayed, optimizers, step)
+                save_state(run, delayed, optimizers, step)  # this one counts: it has theta too
                 save_network(run)
     bar.close()
 
@@ -311,14 +315,14 @@ def average_gradients(parameters):
 
 
 def recipe_of(args):
-    """The recipe that the flags ask for: they change the default or, with --model, PAPER."""
+    """The recipe that the flags ask for: they change the default, PAPER or a run's (--model)."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     given = {k: tuple(v) if k == "sides" else v for k, v in given.items() if v is not None}
     wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
-    if args.model:
-        wrong, kind = given.keys() & {"layers", "width", "heads"}, "a new network"
     if args.resume:
         wrong, kind = given.keys() | ({"out"} if args.out else set()), "new runs"
+    elif args.model:
+        wrong, kind = given.keys() & {"layers", "width", "heads"}, "a new network"
     if wrong:
         raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
     if not args.model:

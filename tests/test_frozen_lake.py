@@ -163,7 +163,7 @@ def test_a_faulty_map_size_or_distance_is_refused_in_a_sentence():
         with pytest.raises(ValueError, match=rf"^{said}[^.]+\.$"):
             Lake(rows)
     for *sides, hops in [(1, 3, 1), (3, 11, 4), (5, 3, 4), (3, 5, 0), (3, 5, 9), (2, 2, 3)]:
-        asked = rf"lakes of {sides[0]} to {sides[1]} tiles a side [^.]+ {hops} or more hops away"
+        asked = rf"of every size from {sides[0]} to {sides[1]} tiles a side [^.]+ {hops} hops away"
         with pytest.raises(ValueError, match=rf"^There are [^.]*{asked}: [^.]+ fewer hops[^.]*\.$"):
             random_lakes(1, rng(), sides, hops, test=False)
 
