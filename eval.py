@@ -16,7 +16,7 @@
     graphs       no grid: any action leads anywhere
     slippery     a step may go to either side
 
-No weight changes, and other players play beside.
+No weight changes.
 """
 
 import argparse

@@ -41,6 +41,7 @@ class IA3(nn.Module):
                 views[PEFT_NAME.format(layer, module)] = vector.view(shape)
         return views
 
+    @torch.no_grad()
     def from_peft(self, tensors):
         """Take over the tensors of PEFT's file; ValueError if they are not exactly ours."""
         views = self.to_peft()
