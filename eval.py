@@ -198,7 +198,7 @@ def crossing_paths(lake, rng):
         return along(lake, start, actions) if actions else None
 
     start, *more = np.flatnonzero(lake.tiles == "S")
-    if more or "H" not in lake.tiles:
+    if more or not {"F", "H"} <= {*lake.tiles}:
         return None
     for _ in range(50):
         other = rng.choice(np.flatnonzero(lake.tiles == "F"))

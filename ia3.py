@@ -50,7 +50,6 @@ class IA3(nn.Module):
             raise ValueError(f"The vectors are not those of this model: see {min(different)[0]}.")
         for name, view in views.items():
             view.copy_(tensors[name])
-        return self
 
 
 if __name__ == "__main__":

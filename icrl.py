@@ -37,7 +37,7 @@ from frozen_lake import worlds
 from ia3 import IA3, PEFT_CONFIG
 from llama import KVCache, exit_in_one_sentence, load_llama, load_tensors, load_tokenizer, reading
 
-SHIPPED = Path(__file__).parent / "results/general"
+SHIPPED = Path(__file__).resolve().parent / "results/general"
 
 
 # ---- transcript to tokens
@@ -278,8 +278,7 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # a trial that is over reads one more opening, then nothing ; once that is so for half of
-        # the rows, they are dropped
+        # once half of the rows have nothing to read, since their trials are over, they are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -335,12 +334,9 @@ def check_context(encoder, context, max_steps):
 
 def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability, **kind):
     """One trial a lake, as InContext, roll_out and `worlds` say; the episodes, [trial][episode]."""
-    rng, played, at_once = np.random.default_rng(seed), [], len(lakes)
-    llama = run.network.llama
-    if llama.unembedding.is_cuda:  # as many as its memory holds
-        one = KVCache(llama, 1, run.recipe.context + CHUNK).keys.nbytes
-        free, _ = torch.cuda.mem_get_info(llama.unembedding.device)
-        at_once = max(1, free // (4 * one))  # keys, values, a copy of half of the rows, some room
+    rng, played, llama = np.random.default_rng(seed), [], run.network.llama
+    one = KVCache(llama, 1, run.recipe.context + CHUNK).keys.nbytes
+    at_once = max(1, llama.free_bytes // (4 * one))  # keys, values, copies of rows, some air
     for start in range(0, len(lakes), at_once):
         part = slice(start, start + at_once)
         env = worlds(lakes[part], rng, run.recipe.max_steps, **kind)
@@ -382,9 +378,9 @@ class Recipe:
     max_steps: int = flag(MAX_STEPS, "steps after which an episode is cut off", 1)
     # the optimisation
     steps: int = flag(8400, "optimizer steps", 1)
-    tokens: int = flag(512, "tokens in a slice", 1)
+    tokens: int = flag(512, "tokens in a slice", 64)
     late_tokens: int = flag(1024, "tokens in a late slice, and at play; 0: as in others", 0)
-    batch: int = flag(4, "slices in a batch; late ones: as many tokens", 1)
+    batch: int = flag(4, "slices in a batch; late: about as many tokens", 1)
     gamma: float = flag(0.9, "discount", 0, 1)
     reward_scale: float = flag(1.0, "of the rewards; 30 suits an official Llama's logits", 0)
     alpha: float = flag(0.1, "share of theta in each Polyak step (eq. 8)", 0, 1)

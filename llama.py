@@ -12,6 +12,7 @@ hd head size, I feed-forward.
 
 import json
 import math
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -226,6 +227,14 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return (self.model.embed_tokens if tied else self.lm_head).weight
 
+    @property
+    def free_bytes(self):
+        """What its GPU has free, or half of a CPU's memory."""
+        if self.unembedding.is_cuda:
+            torch.cuda.empty_cache()
+            return torch.cuda.mem_get_info(self.unembedding.device)[0]
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
     def forward(self, tokens: Tensor, adapter=None, cache=None) -> Tensor:
         """Hidden states (B, T, D) of tokens (B, T) int64, which continue what the cache holds.
 
@@ -282,7 +291,10 @@ def load_tensors(path, device="cpu") -> dict[str, Tensor]:
 
 def load_tokenizer(folder) -> Tokenizer:
     with reading(folder / "tokenizer.json") as path:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def load_config(source: str | Path, revision="") -> tuple[LlamaConfig, Path]:

@@ -34,7 +34,6 @@ from icrl import polyak_update, read_recipe, replacing, save, save_network, td_l
 from llama import DEVICE, Llama, LlamaConfig, device, exit_in_one_sentence, load_config, load_llama
 from llama import load_tensors, load_tokenizer
 
-# the number of this process, and of all: see "several GPUs"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ADAMW = {"learning_rate": 0.01, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
 PAPER = Recipe(
@@ -73,10 +72,8 @@ def collect(run, number):
     def sets():
         while True:
             for lake in rng.permutation(len(env)):
-                if own and rng.random() < recipe.own:
-                    yield next(own)
-                else:
-                    yield draw_set(played[lake], rng, recipe.quality)
+                by_network = own and rng.random() < recipe.own
+                yield next(own) if by_network else draw_set(played[lake], rng, recipe.quality)
 
     stream, length = sets(), (recipe.context if late else recipe.tokens)
     mine = range(max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE))
@@ -100,9 +97,8 @@ def new_worlds(recipe, count, progress, rng):
 
 
 def own_trials(run, number):
-    """What the network does on 64 other lakes, as at test, each for about as long as a slice; on
-    every second one random actions are forced. Its mistakes are in no other player's data: only
-    they teach it what loops and detours are worth.
+    """What the network does on 64 lakes, each for about as long as a slice; on every second one
+    random actions are forced. Only its own mistakes teach it what loops and detours are worth.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
     env = new_worlds(recipe, 64, progress=1.0, rng=rng)
@@ -112,7 +108,8 @@ def own_trials(run, number):
 
     a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
     steps = 4 * recipe.context // (5 * a_step)  # the rest is for episodes' ends
-    return roll_out(env, InContext(run, env, rng, probability), math.inf, limit=steps)
+    played = roll_out(env, InContext(run, env, rng, probability), math.inf, limit=steps)
+    return [played[i] for i in rng.permutation(len(env))]  # hard lakes are the last
 
 
 # ---- the network
@@ -122,7 +119,8 @@ def new_network(recipe, encoder):
     if D % (2 * heads):
         raise ValueError(f"--width has to be a multiple of {2 * heads}, twice --heads.")
     sizes = (vocab_size, D, 3 * D, recipe.layers, heads, heads, D // heads)
-    llama = Llama(LlamaConfig(*sizes, max_position_embeddings=max(2048, recipe.context)))
+    longest = max(2048, recipe.tokens, recipe.context)
+    llama = Llama(LlamaConfig(*sizes, max_position_embeddings=longest))
     generator = torch.Generator().manual_seed(recipe.seed)
     for name, p in llama.named_parameters():
         if p.ndim == 2:
@@ -137,14 +135,6 @@ def kept_bytes(config, tokens, dtype):
     a_token = 9 * config.hidden_size + 4 * config.intermediate_size
     a_token += 2 * config.num_key_value_heads * config.head_dim
     return tokens * config.num_hidden_layers * a_token * dtype.itemsize
-
-
-def keeps_too_much(llama, tokens):
-    """Whether that is more than a GPU's free memory, or half of a CPU's."""
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if llama.unembedding.is_cuda:
-        room, _ = torch.cuda.mem_get_info(llama.unembedding.device)
-    return kept_bytes(llama.config, tokens, llama.unembedding.dtype) > room
 
 
 # ---- the training
@@ -200,7 +190,9 @@ def train(run, args):
     delayed, optimizers = online.delayed_copy(), make_optimizers(recipe, online)
     parameters, device = online.trained().values(), online.action_tokens.device
     at_once = 1 if recipe.model else recipe.batch  # slices in a pass
-    llama.checkpointing = keeps_too_much(llama, max(at_once * recipe.tokens, recipe.context))
+    tokens = max(at_once * recipe.tokens, recipe.context)
+    kept = kept_bytes(llama.config, tokens, llama.unembedding.dtype)
+    llama.checkpointing = kept > llama.free_bytes
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
     # own trials are played by the weights at a collection's start: a resumed run must begin there
     save_every = recipe.collection_steps if recipe.own else 50
@@ -350,8 +342,8 @@ def begin(recipe, folder, device):
         recipe = replace(recipe, revision="" if Path(recipe.model).is_dir() else source.name)
     encoder = Encoder(tokenizer)
     check_context(encoder, recipe.context, recipe.max_steps)
-    test_lakes(1, recipe.sides, recipe.min_hops)  # raises if there are none
-    new_worlds(recipe, 64, 1.0, np.random.default_rng(0))  # so does this
+    test_lakes(200, recipe.sides, recipe.min_hops)  # both raise if too few
+    new_worlds(recipe, max(64, recipe.lakes), 1.0, np.random.default_rng(0))
     if recipe.model:
         llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
         network = QNetwork(llama, encoder.action_tokens, IA3(llama.config).to(device))
@@ -397,6 +389,7 @@ def main(arguments=None):
         print(f"An episode as it reads it: {''.join(pieces)!r}")
     train(run, args)
     if RANK == 0:
+        save_network(run)  # a kill may have come between the last state and this
         on_lakes("unseen", [run], folder, args.trials, seed=0)
 
 

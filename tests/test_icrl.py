@@ -242,6 +242,16 @@ def test_playing_gives_the_q_values_of_a_full_forward_of_the_newest_episodes(enc
     assert len(set(forgotten)) > 1
 
 
+def test_no_more_trials_are_played_at_once_than_memory_holds(monkeypatch):
+    run, lakes, rows = make_run(), [Lake(("SFG",))] * 5, []
+    cache = icrl.KVCache(run.network.llama, 1, run.recipe.context + icrl.CHUNK).keys.nbytes
+    monkeypatch.setattr(Llama, "free_bytes", 2 * 4 * cache)
+    monkeypatch.setattr(icrl, "InContext", lambda run, env, *_: rows.append(len(env)))
+    monkeypatch.setattr(icrl, "roll_out", lambda env, *_, **__: [[]] * len(env))
+    assert len(icrl.play(run, lakes, 0)) == 5
+    assert rows == [2, 2, 1]
+
+
 @pytest.mark.parametrize("first", [0, 10, 20])
 def test_playing_follows_the_papers_schedule_and_changes_no_weight(first):
     """Random in episodes 0 and 1, half of it the network's best in 10 and 11, all in 20 and 21."""
@@ -269,7 +279,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.csv", left)]
 
 
-WRONG = {"tokens": ["many", 0, 10.5, True], "dtype": ["system"], "gamma": [1.1, float("nan")]}
+WRONG = {"tokens": ["many", 63, 99.5, True], "dtype": ["system"], "gamma": [1.1, float("nan")]}
 WRONG |= {"sides": [(3,), (3, "5"), 5], "model": [None], "learning_rate": [-1, float("inf")]}
 
 

@@ -193,6 +193,8 @@ def checkpoint(tmp_path) -> Path:
     save_random(tmp_path)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(2)  # as a training may have left it
+    tokenizer.enable_padding(length=5)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 

@@ -73,7 +73,8 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
         vectors = {n.replace(f".{name}", ""): p for n, p in theirs.named_parameters() if name in n}
         for vector in vectors.values():
             vector.data = 0.5 + torch.rand(vector.shape, generator=random)
-        adapter = IA3(load_llama(folder).config).from_peft(vectors)
+        adapter = IA3(load_llama(folder).config)
+        adapter.from_peft(vectors)
         state |= {f"{network}.{n}": vector.clone() for n, vector in adapter.state_dict().items()}
         q[name] = q_of(theirs, encoder, batch)
     targets, taken = 30 * batch.rewards[batch.mask], []

@@ -81,7 +81,7 @@ setattr(owner, function, interrupted)
 del sys.argv[:4]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 INTERRUPTED = [  # settings; at which call of which function, and from which step it then goes on
-    (SMALL, [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 6, 15)]),
+    (SMALL, [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 15, 30)]),
     ([*SMALL, *"--own 0 --steps 60 --collection-steps 20".split()], [("polyak_update", 54, 50)]),
     ("--model RUN --steps 15".split(), [("polyak_update", 5, 0), ("polyak_update", 13, 10)]),
 ]
@@ -118,12 +118,13 @@ def test_ia3_trains_the_vectors_alone_and_evaluation_replays_runs(finished, tmp_
         assert contents(out) == {name: files[name] for name in ("curve.csv", "curve.png")}
 
 
-def test_a_run_with_long_slices_is_a_base_too(tmp_path):
+@pytest.mark.parametrize("late", [0, 128])
+def test_a_run_with_long_slices_is_a_base_too(tmp_path, late):
     """Its config.json says that it knows them, so --model does not refuse its own recipe."""
     short = ("--steps", 1, "--collection-steps", 1, "--trials", 1)
-    go(train, *SMALL, *short, "--tokens", 2500, "--late-tokens", 0, "--out", tmp_path / "base")
+    go(train, *SMALL, *short, "--tokens", 2500, "--late-tokens", late, "--out", tmp_path / "base")
     go(train, "--model", tmp_path / "base", *short, "--out", tmp_path / "adapted")
-    assert load_run(tmp_path / "adapted").recipe.context == 2500
+    assert load_run(tmp_path / "adapted").recipe.context == (late or 2500)
 
 
 def test_no_lake_of_a_training_is_a_test_lake(finished, monkeypatch):
@@ -144,17 +145,26 @@ def test_no_lake_of_a_training_is_a_test_lake(finished, monkeypatch):
     assert not any(lake.links for lake in seen)
 
 
-def test_own_trials_are_what_the_network_does_as_often_as_asked(finished):
-    """In every second each action is the best. Of equal ones it is left: how often slices do so."""
+def test_own_trials_are_what_the_network_does_as_often_as_asked(finished, monkeypatch):
+    """In half of them, of the first lakes as of the last, which are hard, each action is the best.
+    Of equal ones it is left: how often slices do so."""
     run = load_run(finished)
     for parameter in run.network.parameters():
         parameter.data *= 3 if parameter.ndim == 2 else 1  # Q-values that differ
-    for number, trial in enumerate(train.own_trials(run, 3)):
-        batch = encode_slice(run.encoder, iter([trial]), 64, 0.9)
+    trials = []
+    monkeypatch.setattr(
+        train, "roll_out", lambda *a, **k: trials.extend(roll_out(*a, **k)) or trials
+    )
+    drawn = train.own_trials(run, 3)
+    monkeypatch.undo()
+    for number, trial in enumerate(trials):
+        batch = encode_slice(run.encoder, [trial], 64, 0.9)
         q = run.network(batch.tokens[None], batch.positions[None])[0]  # (N, A)
         worse = q.max(1).values - q.gather(1, batch.actions[:, None])[:, 0]
         assert len(batch.tokens) > 50
         assert (worse.max() < 1e-4) == (number % 2 == 0)
+    places = [[id(trial) for trial in trials].index(id(trial)) for trial in drawn]
+    assert sorted(places) == [*range(64)] != places
     run.network.llama.lm_head.weight.data[run.encoder.action_tokens] = 0
     cases = [(1.0, 0.6, 0, 0.4), (0.0, 0.0, 0, 0.4), (0.5, 0.5, 0.4, 0.6), (1.0, 0.5, 0.6, 1)]
     for own, late_from, low, high in cases:
