@@ -103,7 +103,7 @@ def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
             maps = tiles[kept].reshape(-1, height, width)
             found += [Lake(tuple(map("".join, rows))) for rows in maps]
         lakes += [found[i] for i in rng.permutation(len(found)) if found[i].is_test == test]
-    raise ValueError(f"There are too few {asked}: ask for fewer hops, or more tiles.")
+    raise ValueError(f"There are too few {asked}: ask for --hard 0, fewer hops or more tiles.")
 
 
 def random_tiles(moves, min_hops, rng):

@@ -342,7 +342,7 @@ def begin(recipe, folder, device):
         recipe = replace(recipe, revision="" if Path(recipe.model).is_dir() else source.name)
     encoder = Encoder(tokenizer)
     check_context(encoder, recipe.context, recipe.max_steps)
-    test_lakes(200, recipe.sides, recipe.min_hops)  # both raise if too few
+    test_lakes(200, recipe.sides, recipe.min_hops)  # raise if too few
     new_worlds(recipe, max(64, recipe.lakes), 1.0, np.random.default_rng(0))
     if recipe.model:
         llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
