@@ -9,7 +9,7 @@
     changing     figure 7: each lake is another one from episode 30 on
     beliefs      figure 1, and the best action on each tile; --gif: a film
     A single run plays these twice, the second time with nothing forced:
-    exploration  section 4.6: the lakes of `unseen` (several runs: with nothing forced alone)
+    exploration  section 4.6: the lakes of `unseen` (several runs: nothing forced)
     larger       figure 4: lakes of 6-7 tiles a side
     harder       5 x 5 tiles, goals 7 hops away or more
     shuffled     tile numbers and action words that mean something else on each lake
@@ -160,7 +160,7 @@ def changing(run, folder, trials, seed):
     lakes = test_lakes(2 * trials, run.recipe.sides, run.recipe.min_hops)
     before, after = lakes[:trials], lakes[trials:]
     earlier = play(run, before, seed)
-    later = play(run, after, seed, first=30, given=earlier)  # given: all that it remembers
+    later = play(run, after, seed, first=30, given=earlier)  # given: all its past
     played = {TRANSFORMER: [one + other for one, other in zip(earlier, later)]}
     played |= by_references(run, seed, before, after)
     report(folder, "changing", f"{trials} lakes that change after episode 29", played)
@@ -310,9 +310,9 @@ def main(arguments=None):
     add("--watch", action="store_true", help="one trial step by step")
     add("--gif", action="store_true", help="beliefs as a film")
     add("--lake", type=int, default=0, help="the test lake to watch or draw")
-    add("--trials", type=int, default=200, help="test lakes to play")
+    add("--trials", type=int, default=200, help="trials to play")
     add("--device", type=device, default=DEVICE)
-    add("--seed", type=int, default=0, help="of starts and coin tosses")
+    add("--seed", type=int, default=0, help="of all but the lakes")
     add("--out", type=Path, help="folder of the results")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}

@@ -1,6 +1,6 @@
-"""Frozen Lake: the world, in numpy alone (section 4.1 of the paper).
+"""Frozen Lake: the world, in numpy (section 4.1 of the paper).
 
-    python frozen_lake.py    draws a lake, and the returns of players that need no network
+    python frozen_lake.py    a lake, and the returns of players that need no network
 
 A player has `act(state, episode) -> action`, arrays (N,), and `learn(step)`; `roll_out` is the one
 loop in which all of them play, the transformer too (icrl.InContext).
@@ -68,8 +68,8 @@ def grid_moves(height, width):
 def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S).
 
-    moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): 0 at
-    goals, elsewhere inf, or another price for which a way may end there (Explorer).
+    moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): the
+    price of ending there, 0 at goals, elsewhere inf (or high, for what Explorer has not tried).
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -103,7 +103,7 @@ def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
             maps = tiles[kept].reshape(-1, height, width)
             found += [Lake(tuple(map("".join, rows))) for rows in maps]
         lakes += [found[i] for i in rng.permutation(len(found)) if found[i].is_test == test]
-    raise ValueError(f"There are too few {asked}: ask for --hard 0, fewer hops or more tiles.")
+    raise ValueError(f"There are too few {asked}: try --hard 0, fewer hops or more tiles.")
 
 
 def random_tiles(moves, min_hops, rng):
@@ -193,8 +193,8 @@ class FrozenLake:
 
 
 def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The lakes' environment. A share `shuffled` has tile numbers drawn from 0 to 48, and words of
-    random directions; a share `windows` of the others a `window`; `slippery` of all slip.
+    """The lakes' environment. A share `shuffled` has random tile numbers (0 to 48 or more) and
+    permuted words; a share `windows` of the others a `window`; `slippery` of all slip.
     """
     numbers = [np.arange(lake.tiles.size) for lake in lakes]
     words = [np.arange(len(ACTIONS)) for _ in lakes]
@@ -318,7 +318,7 @@ class Planner(RandomPlayer):  # for its `learn`
         return (self.env.words == direction[:, None]).argmax(1)
 
 
-UNTRIED = 1000.0  # hops: farther than any known goal
+UNTRIED = 1000.0  # hops; more than to any known goal
 
 
 class Explorer:
@@ -329,8 +329,8 @@ class Explorer:
     """
 
     def __init__(self, env, rng):
-        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor, -1: untried, or an end
-        self.stop = np.full(env.goal.shape, UNTRIED)  # (N, S) cost: 0 at goals, inf in holes
+        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried, or an end
+        self.stop = np.full(env.goal.shape, UNTRIED)  # (N, S) for `hops`: goals 0, holes inf
         self.row, self.rng = env.row, rng
 
     def act(self, state, episode):

@@ -1,6 +1,6 @@
 """In-context reinforcement learning, from transcript to tokens to Q-values to loss to play.
 
-    python icrl.py [RUN]    walks through all of it once, with the numbers of a trained network
+    python icrl.py [RUN]    walks from a lake to the loss, with a trained network's numbers
 
 The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
 lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
@@ -54,7 +54,7 @@ class Template(NamedTuple):
 
 
 def chat(begin, opening, closing, stop, end):
-    """Messages of a role and a text, as chat models know them: about ten tokens a step."""
+    """Writes "<|start_header_id|>action<|end_header_id|>left<|eot_id|>": ten tokens a step."""
     observation = f"{opening}observation{closing}{{}}{stop}"
     reward = f"{opening}reward{closing}1.0{stop}"
     cut = f"{opening}edit{closing}...{stop}"  # so the notebook calls it
@@ -257,7 +257,7 @@ class InContext:
 
     Each trial has a context of its own, which may begin with `given` episodes, [trial][episode].
     One that would outgrow `recipe.context` loses its oldest episodes, and the rest is read anew. In
-    episode e the network chooses with the chance `probability(e)`, arrays (N,), and else a coin.
+    episode e the network chooses with the chance `probability(e)`, arrays (N,), else a coin.
     """
 
     def __init__(self, run, env, rng, probability=model_probability, given=None):
@@ -465,7 +465,7 @@ def load_run(folder: str | Path, device="cpu") -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: in a file's memory, aligned otherwise, kernels round otherwise
+    else:  # copied: kernels round otherwise at a file's alignment
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

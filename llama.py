@@ -46,7 +46,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # of rope_type llama3, or plain RoPE
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048  # of its training; no limit here
+    max_position_embeddings: int = 2048  # of its training; unused here
 
     @classmethod
     def from_dict(cls, config):
@@ -108,7 +108,7 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of all past tokens; row b holds lengths[b] of them.
 
-    Rows advance at their own pace: whoever feeds a chunk (B, T), padded at the right, then adds
+    Rows advance at their own pace: who feeds a chunk (B, T), padded at the right, must then add
     each row's number of real tokens to `lengths`. Padding takes slots too, but no real token
     attends to it, and the row's next tokens overwrite it.
     """
@@ -121,7 +121,7 @@ class KVCache:
         self.lengths = like.new_zeros(rows, dtype=torch.long)  # (B,)
 
     def __getitem__(self, rows):
-        """Some rows: a list gives a copy; a slice a view, and what that is fed lands here too."""
+        """Some rows: a list gives a copy; a slice a view: what it is fed lands here too."""
         part = object.__new__(KVCache)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
         part.lengths = self.lengths[rows]
@@ -229,7 +229,7 @@ class Llama(nn.Module):
 
     @property
     def free_bytes(self):
-        """What its GPU has free, or half of a CPU's memory."""
+        """What its GPU has free, or else half of the RAM."""
         if self.unembedding.is_cuda:
             torch.cuda.empty_cache()
             return torch.cuda.mem_get_info(self.unembedding.device)[0]
@@ -332,7 +332,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @torch.inference_mode()
 def complete(source, prompt, count=40):
-    """The prompt and the `count` likeliest tokens after it, one by one."""
+    """The prompt and `count` tokens after it, each the likeliest."""
     tokenizer, llama = load_tokenizer(load_config(source)[1]), load_llama(source, device=DEVICE)
     ids = tokenizer.encode(prompt).ids
     cache = KVCache(llama, 1, len(ids) + count)

@@ -57,7 +57,7 @@ PAPER = Recipe(
 # ---- the data
 def collect(run, number):
     """A collection's batches: Q-learning on new lakes and, once late, the network's own trials.
-    All follows from the recipe, the number, the process and the network.
+    It follows from the recipe, the number, the process and the network.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
@@ -199,7 +199,7 @@ def train(run, args):
     step = load_state(run, delayed, optimizers)
     first, skip = divmod(step, recipe.collection_steps)
     stream = (batch for number in count(first) for batch in collect(run, number))
-    stream = islice(stream, skip, None)
+    stream = islice(stream, skip, None)  # a collection anew, but for the batches it has seen
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
     log = ["step,loss,mean_q,mean_target,learning_rate,gradient_norm"]
     if step:
@@ -248,7 +248,7 @@ def train(run, args):
             if step % save_every == 0 or step == recipe.steps:
                 with replacing(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
-                save_state(run, delayed, optimizers, step)  # this one counts: it has theta too
+                save_state(run, delayed, optimizers, step)  # --resume takes theta from this
                 save_network(run)
     bar.close()
 
