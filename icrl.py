@@ -367,7 +367,7 @@ class Recipe:
     easy_until: float = flag(0.4, "share of training over which easy lakes disappear", 0, 1)
     lakes: int = flag(256, "lakes in a collection", 1)
     episodes: int = flag(100, "episodes of Q-learning on each lake", 1)
-    collection_steps: int = flag(128, "steps before the next collection", 1)
+    collection_steps: int = flag(192, "steps before the next collection", 1)
     late_from: float = flag(0.6, "share of training after which data are late", 0, 1)
     own: float = flag(0.5, "share of late sets that are the network's own trials", 0, 1)
     hard: float = flag(0.3, "share of late lakes that are large, goals 3 hops farther", 0, 1)
