@@ -1,22 +1,20 @@
-"""Look at what was learned: play lakes that no training saw.
+"""Look at what was learned: play lakes that no training saw, without a change of weights.
 
-    python eval.py [RUN] [EXPERIMENT]    RUN: by default the shipped one
-    python eval.py RUN RUN ... [compare] [EXPERIMENT]    figures 3 and 6: several runs side by side
-    python eval.py [RUN] --watch         one trial, step by step, with its Q-values
+python eval.py [RUN] [EXPERIMENT]    RUN: by default the shipped one
+python eval.py RUN RUN ... [compare] [EXPERIMENT]    figures 3 and 6: several runs side by side
+python eval.py [RUN] --watch         one trial, step by step, with its Q-values
 
-    unseen       figure 3: the return rises from episode to episode
-    stitching    figure 5: two given paths cross, one of which wins
-    changing     figure 7: each lake is another one from episode 30 on
-    beliefs      figure 1, and the best action on each tile; --gif: a film
-    A single run plays these twice, the second time with nothing forced:
-    exploration  section 4.6: the lakes of `unseen` (several runs: nothing forced)
-    larger       figure 4: lakes of 6-7 tiles a side
-    harder       5 x 5 tiles, goals 7 hops away or more
-    shuffled     tile numbers and action words that mean something else on each lake
-    graphs       no grid: any action leads anywhere
-    slippery     a step may go to either side
-
-No weight changes.
+unseen       figure 3: the return rises from episode to episode
+stitching    figure 5: two given paths cross, one of which wins
+changing     figure 7: each lake is another one from episode 30 on
+beliefs      figure 1, and the best action on each tile; --gif: a film
+A single run plays these twice, the second time with nothing forced:
+exploration  section 4.6: the lakes of `unseen` (several runs: nothing forced)
+larger       figure 4: lakes of 6-7 tiles a side
+harder       5 x 5 tiles, goals 7 hops away or more
+shuffled     tile numbers and action words that mean something else on each lake
+graphs       no grid: any action leads anywhere
+slippery     a step may go to either side
 """
 
 import argparse
@@ -39,7 +37,7 @@ REFERENCES = {
 }
 TRANSFORMER, UNFORCED = "transformer in context", "transformer, nothing forced"
 BEST = "best possible"
-OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()  # for colour-blind readers
+OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()
 COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
 ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
 ALWAYS = np.ones_like  # the chance that the network chooses
@@ -311,6 +309,7 @@ def main(arguments=None):
     add("--gif", action="store_true", help="beliefs as a film")
     add("--lake", type=int, default=0, help="the test lake to watch or draw")
     add("--trials", type=int, default=200, help="trials to play")
+    add("--context", type=int, help="tokens to look back on (default: the run's)")
     add("--device", type=device, default=DEVICE)
     add("--seed", type=int, default=0, help="of all but the lakes")
     add("--out", type=Path, help="folder of the results")
@@ -321,7 +320,7 @@ def main(arguments=None):
     folders = [Path(word) for word in what if word not in names] or [SHIPPED]
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"One experiment at a time, and most of them on one run: {args.what}.")
-    run, *others = [load_run(folder, args.device) for folder in folders]
+    run, *others = [load_run(folder, args.device, args.context) for folder in folders]
     shipped = [folder.resolve() for folder in folders] == [SHIPPED]
     out = args.out or (SHIPPED.parent if shipped else run.folder) / experiment
     if args.watch or experiment == "beliefs":

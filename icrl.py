@@ -19,7 +19,7 @@ import math
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -455,11 +455,12 @@ def read_recipe(folder) -> Recipe | None:
         return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
 
-def load_run(folder: str | Path, device="cpu") -> Run:
-    """The run of train.py in a folder; ValueError if there is none."""
+def load_run(folder: str | Path, device="cpu", context=None) -> Run:
+    """The run of train.py in a folder, perhaps with another context at play; or a ValueError."""
     folder = Path(folder)
     if (recipe := read_recipe(folder)) is None:
         raise ValueError(f"{folder} is no run of train.py: its config.json has no recipe.")
+    recipe = replace(recipe, late_tokens=context or recipe.late_tokens)
     encoder, dtype = Encoder(load_tokenizer(folder)), getattr(torch, recipe.dtype)
     if recipe.model:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)

@@ -199,7 +199,7 @@ def train(run, args):
     step = load_state(run, delayed, optimizers)
     first, skip = divmod(step, recipe.collection_steps)
     stream = (batch for number in count(first) for batch in collect(run, number))
-    stream = islice(stream, skip, None)  # a collection anew, but for the batches it has seen
+    stream = islice(stream, skip, None)
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
     log = ["step,loss,mean_q,mean_target,learning_rate,gradient_norm"]
     if step:

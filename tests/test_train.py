@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 from zlib import crc32
 
 import numpy as np
@@ -299,9 +300,12 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment):
         assert lake != evaluation.NOTEBOOK_LAKE or (won, lost) == notebooks
 
 
-def test_watch_shows_a_trial(finished, capsys):
-    """Thirty episodes with four Q-values before each step, chosen by it or a coin."""
-    go(evaluation, finished, "--watch", "--lake", 2)
+def test_watch_shows_a_trial(finished, monkeypatch, capsys):
+    """Thirty episodes with four Q-values before each step, chosen by it or a coin, in a context."""
+    monkeypatch.setattr(evaluation, "roll_out", lambda *a: played(a[1].context, roll_out(*a)))
+    played = Mock(side_effect=lambda context, episodes: episodes)
+    go(evaluation, finished, "--watch", "--lake", 2, "--context", 70)
+    assert [call.args[0] for call in played.mock_calls] == [70]
     printed = capsys.readouterr().out
     assert re.findall(r"^episode (\d+)$", printed, re.M) == [*map(str, range(30))]
     step = r"^ +\d+ (?: +-?\d+\.\d{3}){4}   (?:left|down|right|up)( \*)?$"
@@ -356,8 +360,9 @@ def test_without_matplotlib_everything_but_the_picture_is_there(tmp_path, monkey
 
 BAD = """eval.py TMP/nothing; eval.py RUN unseen larger; eval.py RUN RUN changing;
     eval.py RUN --trials 0; eval.py RUN --watch --lake -1; eval.py RUN --device nonsense;
-    eval.py RUN --trials 1 --out TMP/file; train.py --resume TMP/nothing; train.py --out RUN;
-    train.py --resume RUN --steps 5; train.py --dtype bfloat16; train.py --out TMP/file/run;
+    eval.py RUN --trials 1 --out TMP/file; eval.py RUN --context 20; train.py --out RUN;
+    train.py --resume TMP/nothing; train.py --resume RUN --steps 5; train.py --dtype bfloat16;
+    train.py --out TMP/file/run;
     train.py --model RUN --width 8; train.py NEW --sides 1 3; train.py NEW --min-hops 30;
     train.py NEW --shuffled 2; train.py NEW --late-tokens 20; train.py NEW --late-tokens -1;
     train.py NEW --batch 0; train.py NEW --gamma 1.5; train.py NEW --learning-rate nan;
