@@ -1,20 +1,21 @@
-"""Look at what was learned: play lakes that no training saw, without a change of weights.
+"""Look at what was learned: play lakes that no training saw.
 
-python eval.py [RUN] [EXPERIMENT]    RUN: by default the shipped one
-python eval.py RUN RUN ... [compare] [EXPERIMENT]    figures 3 and 6: several runs side by side
-python eval.py [RUN] --watch         one trial, step by step, with its Q-values
+    python eval.py [RUN] [EXPERIMENT]    RUN: by default the shipped one
+    python eval.py RUN RUN ... [compare] [EXPERIMENT]    figures 3 and 6: several runs side by side
+    python eval.py [RUN] --watch         one trial, step by step, with its Q-values
 
-unseen       figure 3: the return rises from episode to episode
-stitching    figure 5: two given paths cross, one of which wins
-changing     figure 7: each lake is another one from episode 30 on
-beliefs      figure 1, and the best action on each tile; --gif: a film
+    unseen       figure 3: the return rises from episode to episode
+    stitching    figure 5: two given paths cross, one of which wins
+    changing     figure 7: each lake is another one from episode 30 on
+    beliefs      figure 1, and the best action on each tile; --gif: a film
+
 A single run plays these twice, the second time with nothing forced:
-exploration  section 4.6: the lakes of `unseen` (several runs: nothing forced)
-larger       figure 4: lakes of 6-7 tiles a side
-harder       5 x 5 tiles, goals 7 hops away or more
-shuffled     tile numbers and action words that mean something else on each lake
-graphs       no grid: any action leads anywhere
-slippery     a step may go to either side
+    exploration  section 4.6: the lakes of `unseen` (several runs: nothing forced)
+    larger       figure 4: lakes of 6-7 tiles a side
+    harder       5 x 5 tiles, goals 7 hops away or more
+    shuffled     tile numbers and action words that mean something else on each lake
+    graphs       no grid: any action leads anywhere
+    slippery     a step may go to either side
 """
 
 import argparse
@@ -209,7 +210,7 @@ def crossing_paths(lake, rng):
 
 
 def stitching(run, folder, trials, seed):
-    """Figure 5: the notebook's lake, five times, and others; on the network nothing is forced."""
+    """Figure 5: the notebook's lake, five times, and others; nothing is forced on the network."""
     rng = np.random.default_rng(TEST_SEED)
     lakes = [NOTEBOOK_LAKE] * 5
     given = [[along(NOTEBOOK_LAKE, 2, [1] * 5), along(NOTEBOOK_LAKE, 8, [2] * 3)]] * 5

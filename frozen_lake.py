@@ -323,9 +323,7 @@ UNTRIED = 1000.0  # hops; more than to any known goal
 
 class Explorer:
     """Remembers every step, and walks the shortest known way to a goal or, knowing none, to an
-    untried action.
-
-    Where neither is within reach it forgets all: the lake may have changed (eval.changing).
+    untried action. Where neither is in reach it forgets all: the lake may have changed (figure 7).
     """
 
     def __init__(self, env, rng):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 from zlib import crc32
 
 import numpy as np
@@ -302,10 +301,15 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment):
 
 def test_watch_shows_a_trial(finished, monkeypatch, capsys):
     """Thirty episodes with four Q-values before each step, chosen by it or a coin, in a context."""
-    monkeypatch.setattr(evaluation, "roll_out", lambda *a: played(a[1].context, roll_out(*a)))
-    played = Mock(side_effect=lambda context, episodes: episodes)
+    contexts = []
+
+    def recorded(env, player, episodes):
+        contexts.append(player.context)
+        return roll_out(env, player, episodes)
+
+    monkeypatch.setattr(evaluation, "roll_out", recorded)
     go(evaluation, finished, "--watch", "--lake", 2, "--context", 70)
-    assert [call.args[0] for call in played.mock_calls] == [70]
+    assert contexts == [70]
     printed = capsys.readouterr().out
     assert re.findall(r"^episode (\d+)$", printed, re.M) == [*map(str, range(30))]
     step = r"^ +\d+ (?: +-?\d+\.\d{3}){4}   (?:left|down|right|up)( \*)?$"
