@@ -258,7 +258,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     Each tile has a row of the cache, with the episodes before, as if the next one began there.
     """
     tiles = env.numbers[0]
-    same = worlds([lake] * len(tiles), env.rng, env.max_steps)
+    same = worlds([lake] * len(tiles), env.rng, env.max_steps)  # never stepped
     player = InContext(run, same, env.rng, given=[episodes[:number]] * len(tiles))
     player.act(tiles, episode=number)
     best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)
@@ -317,10 +317,11 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
-    experiment, *more = [word for word in what if word in names] or ["unseen"]
+    asked = [word for word in what if word in names] + ["--watch"] * args.watch
+    experiment, *more = asked or ["unseen"]
     folders = [Path(word) for word in what if word not in names] or [SHIPPED]
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
-        raise ValueError(f"One experiment at a time, and most of them on one run: {args.what}.")
+        raise ValueError(f"One experiment or --watch at a time, most on one run: {args.what}.")
     run, *others = [load_run(folder, args.device, args.context) for folder in folders]
     shipped = [folder.resolve() for folder in folders] == [SHIPPED]
     out = args.out or (SHIPPED.parent if shipped else run.folder) / experiment

@@ -240,8 +240,8 @@ def polyak_update(online, delayed, alpha):
 
 
 # ---- playing
-CHUNK = 32  # trials are read side by side, padded to at most so much; longer texts alone
-KEPT = 0.75  # of a full context, when its oldest episodes are forgotten
+CHUNK = 32  # who has more to read is read before, alone: the others' padding is at most so long
+KEPT = 0.75  # of a full context stays when episodes are forgotten
 
 
 def model_probability(episode):
@@ -278,7 +278,7 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # once half of the rows have nothing to read, since their trials are over, they are dropped
+        # nothing is written of trials that are over: once half are so, their rows are dropped
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -336,7 +336,7 @@ def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_p
     """One trial a lake, as InContext, roll_out and `worlds` say; the episodes, [trial][episode]."""
     rng, played, llama = np.random.default_rng(seed), [], run.network.llama
     one = KVCache(llama, 1, run.recipe.context + CHUNK).keys.nbytes
-    at_once = max(1, llama.free_bytes // (4 * one))  # keys, values, copies of rows, some air
+    at_once = max(1, llama.free_bytes // (4 * one))  # keys, values, copies, some air
     for start in range(0, len(lakes), at_once):
         part = slice(start, start + at_once)
         env = worlds(lakes[part], rng, run.recipe.max_steps, **kind)
@@ -361,14 +361,14 @@ class Recipe:
     layers: int = flag(2, "layers of a new network", 1)
     width: int = flag(64, "model dimension of a new network", 1)
     heads: int = flag(2, "attention heads of a new network", 1)
-    # the data; a collection: games on new lakes, for so many steps; late: begun after `late_from`
+    # the data come in collections, games on new lakes, each for `collection_steps` optimizer steps
     sides: tuple[int, int] = flag((3, 5), "fewest and most tiles a side")
     min_hops: int = flag(4, "fewest steps from a start to a goal")
     easy_until: float = flag(0.4, "share of training over which easy lakes disappear", 0, 1)
     lakes: int = flag(256, "lakes in a collection", 1)
     episodes: int = flag(100, "episodes of Q-learning on each lake", 1)
     collection_steps: int = flag(192, "steps before the next collection", 1)
-    late_from: float = flag(0.6, "share of training after which data are late", 0, 1)
+    late_from: float = flag(0.6, "share of training after which collections are late", 0, 1)
     own: float = flag(0.5, "share of late sets that are the network's own trials", 0, 1)
     hard: float = flag(0.3, "share of late lakes that are large, goals 3 hops farther", 0, 1)
     shuffled: float = flag(0.0, "share of lakes with numbers and words of their own", 0, 1)
@@ -466,7 +466,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: kernels round otherwise at a file's alignment
+    else:  # copied: aligned as in a file, kernels would round otherwise
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

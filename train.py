@@ -6,7 +6,7 @@
     python train.py --resume RUN            go on from a run's last checkpoint
     torchrun --nproc-per-node 2 train.py    several GPUs share each batch
 
-Sections 3 (optimisation) and 4.1 (data) of the paper; departures: the README's last table.
+Sections 3 (optimisation) and 4.1 (data) of the paper.
 
 A run is a folder: config.json (shape and recipe), tokenizer.json, what was trained
 (model.safetensors, or PEFT's files), state.safetensors (for --resume), log.csv and eval.py's curve.
@@ -57,7 +57,7 @@ PAPER = Recipe(
 # ---- the data
 def collect(run, number):
     """A collection's batches: Q-learning on new lakes and, once late, the network's own trials.
-    It follows from the recipe, the number, the process and the network.
+    They follow from recipe, number, process and network.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
@@ -69,7 +69,7 @@ def collect(run, number):
     played = roll_out(env, player, recipe.episodes)
     own = cycle(own_trials(run, number)) if late and recipe.own else None
 
-    def sets():
+    def sets():  # endless: a slice begins with the next one
         while True:
             for lake in rng.permutation(len(env)):
                 by_network = own and rng.random() < recipe.own
@@ -131,7 +131,7 @@ def new_network(recipe, encoder):
 
 
 def kept_bytes(config, tokens, dtype):
-    """About what a forward pass keeps for the backward pass."""
+    """About what autograd keeps of a forward pass: tests/test_benchmark.py counts it."""
     a_token = 9 * config.hidden_size + 4 * config.intermediate_size
     a_token += 2 * config.num_key_value_heads * config.head_dim
     return tokens * config.num_hidden_layers * a_token * dtype.itemsize
@@ -159,7 +159,8 @@ def orthogonal(x):
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
     return x
 
 
@@ -326,7 +327,7 @@ def recipe_of(args):
         return replace(PAPER, **given)
     if base.model:
         raise ValueError(f"{args.model} is itself an adapter: name its base.")
-    return replace(base, **ADAMW | given)  # the run's data, the paper's optimiser
+    return replace(base, **{"easy_until": 0.0} | ADAMW | given)  # the rest is the run's
 
 
 def begin(recipe, folder, device):
@@ -389,7 +390,7 @@ def main(arguments=None):
         print(f"An episode as it reads it: {''.join(pieces)!r}")
     train(run, args)
     if RANK == 0:
-        save_network(run)  # a kill may have come between the last state and this
+        save_network(run)  # a kill may have come since the last state
         on_lakes("unseen", [run], folder, args.trials, seed=0)
 
 

@@ -109,7 +109,9 @@ def test_ia3_trains_the_vectors_alone_and_evaluation_replays_runs(finished, tmp_
     go(train, "--model", finished, "--steps", 12, "--trials", 3, "--out", folder)
     names = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"}
     assert contents(folder).keys() ^ before.keys() == names
-    run, base = load_run(folder), load_run(finished).network.llama.state_dict()
+    run, base = load_run(folder), load_run(finished)
+    assert base.recipe.easy_until > run.recipe.easy_until == 0  # a base needs no easy lakes
+    base = base.network.llama.state_dict()
     assert all((vectors != 1).any(1).all() for vectors in run.network.adapter.parameters())
     assert all(torch.equal(w, base[name]) for name, w in run.network.llama.state_dict().items())
     for run, files in ((finished, before), (folder, contents(folder))):
@@ -363,6 +365,7 @@ def test_without_matplotlib_everything_but_the_picture_is_there(tmp_path, monkey
 
 
 BAD = """eval.py TMP/nothing; eval.py RUN unseen larger; eval.py RUN RUN changing;
+    eval.py RUN slippery --watch; eval.py RUN RUN --watch;
     eval.py RUN --trials 0; eval.py RUN --watch --lake -1; eval.py RUN --device nonsense;
     eval.py RUN --trials 1 --out TMP/file; eval.py RUN --context 20; train.py --out RUN;
     train.py --resume TMP/nothing; train.py --resume RUN --steps 5; train.py --dtype bfloat16;
