@@ -69,7 +69,7 @@ def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S).
 
     moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): the
-    price of ending there, 0 at goals, elsewhere inf (or high, for what Explorer has not tried).
+    price of stopping there, 0 at goals, elsewhere inf (or high: Explorer has more to try).
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -327,14 +327,14 @@ class Explorer:
 
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried, or an end
-        self.stop = np.full(env.goal.shape, UNTRIED)  # (N, S) price to end there
+        self.price = np.full(env.goal.shape, UNTRIED)  # (N, S) of stopping there
         self.row, self.rng = env.row, rng
 
     def act(self, state, episode):
-        exhausted = (self.known >= 0).all(-1)  # nothing is left to try there
-        distance = hops(self.known, np.where(exhausted, np.inf, self.stop))
+        exhausted = (self.known >= 0).all(-1)  # nothing to try is left there
+        distance = hops(self.known, np.where(exhausted, np.inf, self.price))
         lost = np.isinf(distance[self.row, state])
-        self.known[lost], self.stop[lost] = -1, UNTRIED
+        self.known[lost], self.price[lost] = -1, UNTRIED
         successor = self.known[self.row, state]  # (N, A)
         onward = 1 + distance[self.row[:, None], successor]
         cost = np.where(successor < 0, UNTRIED, onward)
@@ -343,9 +343,9 @@ class Explorer:
     def learn(self, step):
         outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.stop[row, step.state[row]] = UNTRIED  # it moved on: no end (any more)
+        self.price[row, step.state[row]] = UNTRIED  # it moved on: no end (any more)
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
-        self.stop[row, step.successor[row]] = outcome[row]
+        self.price[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
         self.known[row, step.successor[row]] = -1  # and nobody moves on from an end
 

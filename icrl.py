@@ -57,7 +57,7 @@ def chat(begin, opening, closing, stop, end):
     """Writes "<|start_header_id|>action<|end_header_id|>left<|eot_id|>": ten tokens a step."""
     observation = f"{opening}observation{closing}{{}}{stop}"
     reward = f"{opening}reward{closing}1.0{stop}"
-    cut = f"{opening}edit{closing}...{stop}"  # so the notebook calls it
+    cut = f"{opening}edit{closing}...{stop}"  # as in the notebook
     return Template(begin, observation, f"{opening}action{closing}", "{}" + stop, reward, cut, end)
 
 
@@ -173,7 +173,7 @@ def encode_slice(encoder, sets, length, gamma) -> Batch:
         if len(tokens) >= length:
             break
     n = sum(position < length for position in positions)
-    # The last action's target is beyond the slice: no loss, unless it ends an episode (y = r).
+    # The last action's target is beyond the slice: no loss, unless an episode ends (y = r).
     mask = [True] * (n - 1) + [discounts[n - 1] == 0]
     columns = (tokens[:length], positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
     return Batch(*map(torch.tensor, columns))
@@ -278,7 +278,7 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # nothing is written of trials that are over: once half are so, their rows are dropped
+        # a trial that is over is opened once more, then has no unread: once half are so, they go
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -466,7 +466,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: aligned as in a file, kernels would round otherwise
+    else:  # copied: at a file's alignment kernels round otherwise
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

@@ -57,7 +57,7 @@ PAPER = Recipe(
 # ---- the data
 def collect(run, number):
     """A collection's batches: Q-learning on new lakes and, once late, the network's own trials.
-    They follow from recipe, number, process and network.
+    Recipe, number, process and network determine them.
     """
     recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
@@ -107,7 +107,7 @@ def own_trials(run, number):
         return np.where(env.row % 2, model_probability(episode), 1.0)
 
     a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
-    steps = 4 * recipe.context // (5 * a_step)  # the rest is for episodes' ends
+    steps = int(0.8 * recipe.context / a_step)  # the rest is for episodes' ends
     played = roll_out(env, InContext(run, env, rng, probability), math.inf, limit=steps)
     return [played[i] for i in rng.permutation(len(env))]  # hard lakes are the last
 
@@ -195,7 +195,7 @@ def train(run, args):
     kept = kept_bytes(llama.config, tokens, llama.unembedding.dtype)
     llama.checkpointing = kept > llama.free_bytes
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
-    # own trials are played by the weights at a collection's start: a resumed run must begin there
+    # own trials are played by the weights at a collection's start: resumed runs must begin there
     save_every = recipe.collection_steps if recipe.own else 50
     step = load_state(run, delayed, optimizers)
     first, skip = divmod(step, recipe.collection_steps)
@@ -318,7 +318,7 @@ def recipe_of(args):
         wrong, kind = given.keys() & {"layers", "width", "heads"}, "a new network"
     if wrong:
         raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
-    if not args.model:
+    if not args.model:  # unused by --resume
         return Recipe(**given)
     folder, base = Path(args.model), None
     if folder.is_dir():
@@ -390,7 +390,7 @@ def main(arguments=None):
         print(f"An episode as it reads it: {''.join(pieces)!r}")
     train(run, args)
     if RANK == 0:
-        save_network(run)  # a kill may have come since the last state
+        save_network(run)  # a killed process may have left an old one
         on_lakes("unseen", [run], folder, args.trials, seed=0)
 
 
