@@ -57,7 +57,7 @@ def by_references(run, seed, *stages, episodes=30, **kind):
     for name, make in (REFERENCES | best).items():
         rng = np.random.default_rng(seed)
         envs = [worlds(lakes, rng, run.recipe.max_steps, **kind) for lakes in stages]
-        player = make(max(envs, key=lambda env: env.moves.size), rng)  # only its shape counts
+        player = make(max(envs, key=lambda env: env.moves.size), rng)  # its shape counts
         turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
         played[name] = [list(chain(*trial)) for trial in zip(*turns)]
     return played

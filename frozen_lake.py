@@ -68,8 +68,8 @@ def grid_moves(height, width):
 def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S).
 
-    moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): the
-    price of stopping there, 0 at goals, elsewhere inf (or high: Explorer has more to try).
+    moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): to
+    begin with, 0 at goals, elsewhere inf, or UNTRIED where Explorer aims for want of a goal.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -160,7 +160,7 @@ class FrozenLake:
             self.moves[i, number] = number[lake.moves]
         self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
         self.end = self.goal | (self.tiles == "H")
-        # as in gymnasium, nobody leaves an end
+        # as in gymnasium, ends are final
         self.moves = np.where(self.end[..., None], np.arange(size)[:, None], self.moves)
         self.state, self.steps = np.zeros((2, N), int)
         self.reset(np.ones(N, bool))
@@ -327,14 +327,14 @@ class Explorer:
 
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried, or an end
-        self.price = np.full(env.goal.shape, UNTRIED)  # (N, S) of stopping there
+        self.aims = np.full(env.goal.shape, UNTRIED)  # (N, S) for `hops`: goals 0, holes inf
         self.row, self.rng = env.row, rng
 
     def act(self, state, episode):
-        exhausted = (self.known >= 0).all(-1)  # nothing to try is left there
-        distance = hops(self.known, np.where(exhausted, np.inf, self.price))
+        exhausted = (self.known >= 0).all(-1)  # no untried action to aim at
+        distance = hops(self.known, np.where(exhausted, np.inf, self.aims))
         lost = np.isinf(distance[self.row, state])
-        self.known[lost], self.price[lost] = -1, UNTRIED
+        self.known[lost], self.aims[lost] = -1, UNTRIED
         successor = self.known[self.row, state]  # (N, A)
         onward = 1 + distance[self.row[:, None], successor]
         cost = np.where(successor < 0, UNTRIED, onward)
@@ -343,9 +343,9 @@ class Explorer:
     def learn(self, step):
         outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.price[row, step.state[row]] = UNTRIED  # it moved on: no end (any more)
+        self.aims[row, step.state[row]] = UNTRIED  # it moved on: no end now
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
-        self.price[row, step.successor[row]] = outcome[row]
+        self.aims[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
         self.known[row, step.successor[row]] = -1  # and nobody moves on from an end
 

@@ -240,7 +240,7 @@ def polyak_update(online, delayed, alpha):
 
 
 # ---- playing
-CHUNK = 32  # who has more to read is read before, alone: the others' padding is at most so long
+CHUNK = 32  # at most so many tokens a row are read together; a row with more is read alone before
 KEPT = 0.75  # of a full context stays when episodes are forgotten
 
 
@@ -268,7 +268,7 @@ class InContext:
         for episodes in given or [[]] * len(env):
             self.written.append([run.encoder.tokens(run.encoder.write(e)) for e in episodes])
         self.unread = [list(chain(*trial)) for trial in self.written]  # tokens by trial
-        self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
+        self.begins = np.ones(len(env), bool)  # (N,) if an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = env.row  # (rows,) the trial of each row of the cache
         self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # + padding
@@ -278,7 +278,7 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # a trial that is over is opened once more, then has no unread: once half are so, they go
+        # a finished trial gets one more opening, then nothing: once half of the rows idle, they go
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -466,7 +466,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: at a file's alignment kernels round otherwise
+    else:  # copied: aligned as in a file, kernels round otherwise
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

@@ -315,7 +315,7 @@ def recipe_of(args):
     if args.resume:
         wrong, kind = given.keys() | ({"out"} if args.out else set()), "new runs"
     elif args.model:
-        wrong, kind = given.keys() & {"layers", "width", "heads"}, "a new network"
+        wrong, kind = given.keys() & {"layers", "width", "heads", "muon_rate"}, "a new network"
     if wrong:
         raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
     if not args.model:  # unused by --resume

@@ -369,8 +369,8 @@ BAD = """eval.py TMP/nothing; eval.py RUN unseen larger; eval.py RUN RUN changin
     eval.py RUN --trials 0; eval.py RUN --watch --lake -1; eval.py RUN --device nonsense;
     eval.py RUN --trials 1 --out TMP/file; eval.py RUN --context 20; train.py --out RUN;
     train.py --resume TMP/nothing; train.py --resume RUN --steps 5; train.py --dtype bfloat16;
-    train.py --out TMP/file/run;
-    train.py --model RUN --width 8; train.py NEW --sides 1 3; train.py NEW --min-hops 30;
+    train.py --out TMP/file/run; train.py --model RUN --width 8; train.py --model RUN --muon-rate 1;
+    train.py NEW --sides 1 3; train.py NEW --min-hops 30;
     train.py NEW --shuffled 2; train.py NEW --late-tokens 20; train.py NEW --late-tokens -1;
     train.py NEW --batch 0; train.py NEW --gamma 1.5; train.py NEW --learning-rate nan;
     train.py NEW --quality best; train.py NEW --heads 20; train.py NEW --device nonsense;
