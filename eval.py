@@ -57,7 +57,7 @@ def by_references(run, seed, *stages, episodes=30, **kind):
     for name, make in (REFERENCES | best).items():
         rng = np.random.default_rng(seed)
         envs = [worlds(lakes, rng, run.recipe.max_steps, **kind) for lakes in stages]
-        player = make(max(envs, key=lambda env: env.moves.size), rng)  # its shape counts
+        player = make(max(envs, key=lambda env: env.moves.size), rng)  # room for every stage
         turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
         played[name] = [list(chain(*trial)) for trial in zip(*turns)]
     return played
@@ -317,8 +317,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
-    asked = [word for word in what if word in names] + ["--watch"] * args.watch
-    experiment, *more = asked or ["unseen"]
+    experiment, *more = [w for w in what if w in names] + ["--watch"] * args.watch or ["unseen"]
     folders = [Path(word) for word in what if word not in names] or [SHIPPED]
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"One experiment or --watch at a time, most on one run: {args.what}.")

@@ -343,7 +343,7 @@ class Explorer:
     def learn(self, step):
         outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.aims[row, step.state[row]] = UNTRIED  # it moved on: no end now
+        self.aims[row, step.state[row]] = UNTRIED  # no end, whatever it was
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
         self.aims[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]

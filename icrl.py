@@ -278,7 +278,8 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # a finished trial gets one more opening, then nothing: once half of the rows idle, they go
+        # who plays on has something unread, who is over one last opening; rows without are dropped
+        # once they are half of all
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
@@ -317,7 +318,7 @@ class InContext:
         chunk = pad_sequence(unread, batch_first=True).to(device)  # (rows, T)
         last = (counts - 1).clamp(min=0)[:, None]  # (rows, 1)
         q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
-        cache.lengths += counts
+        cache.lengths += counts  # in self.cache too
         for i, values in zip(trials, q):
             if self.unread[i]:
                 self.q[i], self.unread[i] = values, []
@@ -327,7 +328,7 @@ def check_context(encoder, context, max_steps):
     """ValueError if an episode may outgrow the KEPT share of so many tokens."""
     kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
     step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
-    if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3 for opening and end
+    if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3: opening, reward, end
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
         raise ValueError(f"{few}: ask for {needed}, or for fewer --max-steps.")
 
@@ -368,7 +369,7 @@ class Recipe:
     lakes: int = flag(256, "lakes in a collection", 1)
     episodes: int = flag(100, "episodes of Q-learning on each lake", 1)
     collection_steps: int = flag(192, "steps before the next collection", 1)
-    late_from: float = flag(0.6, "share of training after which collections are late", 0, 1)
+    late_from: float = flag(0.6, "share of training after which data are late", 0, 1)
     own: float = flag(0.5, "share of late sets that are the network's own trials", 0, 1)
     hard: float = flag(0.3, "share of late lakes that are large, goals 3 hops farther", 0, 1)
     shuffled: float = flag(0.0, "share of lakes with numbers and words of their own", 0, 1)
@@ -466,7 +467,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: aligned as in a file, kernels round otherwise
+    else:  # copied: in a file's memory kernels round differently
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

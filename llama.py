@@ -46,7 +46,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # of rope_type llama3, or plain RoPE
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048  # of its training
+    max_position_embeddings: int = 2048
 
     @classmethod
     def from_dict(cls, config):

@@ -43,7 +43,7 @@ PAPER = Recipe(
     own=0.0,
     hard=0.0,
     lakes=250,
-    episodes=1500,  # on each lake: together about what the notebook's 9,556 slices hold
+    episodes=1500,  # a lake; on 250 about what the notebook's 9,556 slices hold
     collection_steps=955,  # all of them, 10 slices each, from one collection: nothing is late
     steps=955,
     tokens=4096,
@@ -390,7 +390,7 @@ def main(arguments=None):
         print(f"An episode as it reads it: {''.join(pieces)!r}")
     train(run, args)
     if RANK == 0:
-        save_network(run)  # a killed process may have left an old one
+        save_network(run)  # a kill may have left an old one
         on_lakes("unseen", [run], folder, args.trials, seed=0)
 
 
