@@ -96,7 +96,7 @@ def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
             return lakes[:count]
         found = []
         for height, width in product(range(low, high + 1), repeat=2):
-            each = 16384 // high**2  # for every size
+            each = 16384 // high**2  # tries for every size
             moves = np.tile(grid_moves(height, width), (each, 1, 1))
             tiles, kept = random_tiles(moves, min_hops, rng)
             maps = tiles[kept].reshape(-1, height, width)
