@@ -320,7 +320,7 @@ def main(arguments=None):
     experiment, *more = [w for w in what if w in names] + ["--watch"] * args.watch or ["unseen"]
     folders = [Path(word) for word in what if word not in names] or [SHIPPED]
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
-        raise ValueError(f"One experiment or --watch at a time, most on one run: {args.what}.")
+        raise ValueError(f"Only one experiment or --watch, most of them on one run: {args.what}.")
     run, *others = [load_run(folder, args.device, args.context) for folder in folders]
     shipped = [folder.resolve() for folder in folders] == [SHIPPED]
     out = args.out or (SHIPPED.parent if shipped else run.folder) / experiment

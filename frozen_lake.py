@@ -91,7 +91,7 @@ def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
     asked = f"lakes of every size from {low} to {high} tiles a side with goals {min_hops} hops away"
     possible = 2 <= low <= high <= 10 and 1 <= min_hops < low * low
     lakes = []
-    for _ in range(1000 * possible):
+    for _ in range(1000 if possible else 0):
         if len(lakes) >= count:
             return lakes[:count]
         found = []

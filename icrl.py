@@ -279,7 +279,7 @@ class InContext:
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
         # who plays on has something unread, who is over one last opening; rows without are dropped
-        # once they are half of all
+        # once they are half
         going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
         if 2 * len(going_on) <= len(self.trial):
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
