@@ -57,7 +57,7 @@ def by_references(run, seed, *stages, episodes=30, **kind):
     for name, make in (REFERENCES | best).items():
         rng = np.random.default_rng(seed)
         envs = [worlds(lakes, rng, run.recipe.max_steps, **kind) for lakes in stages]
-        player = make(max(envs, key=lambda env: env.moves.size), rng)  # room for every stage
+        player = make(max(envs, key=lambda env: env.moves.size), rng)  # its tables fit all stages
         turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
         played[name] = [list(chain(*trial)) for trial in zip(*turns)]
     return played
@@ -186,9 +186,8 @@ def crossing_paths(lake, rng):
 
     def path(start, letter):
         """A random shortest way to a random tile of this letter, or None."""
-        distance = np.full(lake.tiles.size, np.inf)
-        distance[rng.choice(np.flatnonzero(lake.tiles == letter))] = 0.0
-        (distance,) = hops(moves[None], distance[None])
+        end = rng.choice(np.flatnonzero(lake.tiles == letter))
+        (distance,) = hops(moves[None], [np.arange(lake.tiles.size) == end])
         actions, tile = [], start
         while 0 < distance[tile] < np.inf:
             nearer = np.flatnonzero(distance[moves[tile]] < distance[tile])

@@ -65,15 +65,15 @@ def grid_moves(height, width):
     return row * width + column
 
 
-def hops(moves, distance):
-    """Fewest steps from each tile to a goal, (N, S).
+def hops(moves, goal, untried=np.inf):
+    """Fewest steps from each tile to a goal, (N, S); inf where none is in reach.
 
-    moves (N, S, A): where each direction leads; -1: unknown, or nowhere. distance (N, S): to
-    begin with, 0 at goals, elsewhere inf, or UNTRIED where Explorer aims for want of a goal.
+    moves (N, S, A): where each direction leads, or -1, from where it takes `untried` steps more.
+    goal (N, S): whether a tile is one.
     """
-    lake = np.arange(len(moves))[:, None, None]
+    lake, distance = np.arange(len(moves))[:, None, None], np.where(goal, 0.0, np.inf)
     while True:
-        onward = np.where(moves >= 0, distance[lake, moves], np.inf).min(-1)  # (N, S)
+        onward = np.where(moves >= 0, distance[lake, moves], untried).min(-1)  # (N, S)
         nearer = np.minimum(distance, 1 + onward)
         if np.array_equal(nearer, distance):
             return distance
@@ -110,7 +110,7 @@ def random_tiles(moves, min_hops, rng):
     start, goal, hole = (rng.random(moves.shape[:2]) < chance for chance in (0.1, 0.1, 0.2))
     tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
     moves = np.where((tiles == "H")[..., None], -1, moves)
-    distance = hops(moves, np.where(tiles == "G", 0.0, np.inf))
+    distance = hops(moves, tiles == "G")
     far = (distance >= min_hops) & (distance < np.inf)
     return tiles, start.any(1) & (far | ~start).all(1)
 
@@ -317,37 +317,34 @@ class Planner(RandomPlayer):  # for its `learn`
         return (self.env.words == direction[:, None]).argmax(1)
 
 
-UNTRIED = 1000.0  # hops; more than to any known goal
-
-
 class Explorer:
     """Remembers every step, and walks the shortest known way to a goal or, knowing none, to an
-    untried action. Where neither is in reach it forgets all: the lake may have changed (figure 7).
+    untried action. Where neither is in reach, or on an end that ended nothing, it forgets all: the
+    lake has changed (figure 7).
     """
 
+    FAR = 1000.0  # steps from an untried action to a goal, it supposes: it prefers known goals
+
     def __init__(self, env, rng):
-        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried, or an end
-        self.aims = np.full(env.goal.shape, UNTRIED)  # (N, S) for `hops`: goals 0, holes inf
+        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried
+        self.goal = np.zeros(env.goal.shape, bool)  # (N, S) known goals
         self.row, self.rng = env.row, rng
 
     def act(self, state, episode):
-        exhausted = (self.known >= 0).all(-1)  # no untried action to aim at
-        distance = hops(self.known, np.where(exhausted, np.inf, self.aims))
-        lost = np.isinf(distance[self.row, state])
-        self.known[lost], self.aims[lost] = -1, UNTRIED
+        distance = hops(self.known, self.goal, self.FAR)  # (N, S)
+        here = distance[self.row, state]
+        lost = np.isinf(here) | (here == 0)
+        self.known[lost], self.goal[lost] = -1, False
         successor = self.known[self.row, state]  # (N, A)
-        onward = 1 + distance[self.row[:, None], successor]
-        cost = np.where(successor < 0, UNTRIED, onward)
-        return np.argmin(cost + 1e-9 * self.rng.random(cost.shape), axis=1)
+        onward = np.where(successor < 0, self.FAR, distance[self.row[:, None], successor])
+        return np.argmin(onward + 1e-9 * self.rng.random(onward.shape), axis=1)
 
     def learn(self, step):
-        outcome = np.where(step.terminated, np.where(step.reward > 0, 0.0, np.inf), UNTRIED)
         row = self.row[step.playing]
-        self.aims[row, step.state[row]] = UNTRIED  # no end, whatever it was
         self.known[row, step.state[row], step.action[row]] = step.successor[row]
-        self.aims[row, step.successor[row]] = outcome[row]
         row = row[step.terminated[row]]
-        self.known[row, step.successor[row]] = -1  # and nobody moves on from an end
+        self.known[row, step.successor[row]] = step.successor[row][:, None]  # an end is final
+        self.goal[row, step.successor[row]] = step.reward[row] > 0
 
 
 def draw(lake, path=()):

@@ -268,7 +268,8 @@ class InContext:
         for episodes in given or [[]] * len(env):
             self.written.append([run.encoder.tokens(run.encoder.write(e)) for e in episodes])
         self.unread = [list(chain(*trial)) for trial in self.written]  # tokens by trial
-        self.begins = np.ones(len(env), bool)  # (N,) if an episode begins
+        self.playing = np.ones(len(env), bool)  # (N,) whether the trial went on in the last step
+        self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = env.row  # (rows,) the trial of each row of the cache
         self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # + padding
@@ -278,10 +279,8 @@ class InContext:
         for i in np.flatnonzero(self.begins):
             self.written[i].append([])
             self._write(i, self.encoder.opening(state[i]))
-        # who plays on has something unread, who is over one last opening; rows without are dropped
-        # once they are half
-        going_on = [row for row, i in enumerate(self.trial) if self.unread[i]]
-        if 2 * len(going_on) <= len(self.trial):
+        going_on = [row for row, i in enumerate(self.trial) if self.playing[i]]
+        if 2 * len(going_on) <= len(self.trial):  # half are over: their rows are dropped
             self.trial, self.cache = self.trial[going_on], self.cache[going_on]
         for row, i in enumerate(self.trial):
             if sum(map(len, self.written[i])) > self.context:  # forget the oldest episodes
@@ -301,7 +300,7 @@ class InContext:
         columns = (step.action, step.successor, step.reward, step.truncated, over)
         for i in np.flatnonzero(step.playing):
             self._write(i, self.encoder.step(*(column[i] for column in columns)))
-        self.begins = over & step.playing
+        self.playing, self.begins = step.playing, over & step.playing
 
     def _write(self, i, pieces):
         tokens = self.encoder.tokens(pieces)
@@ -318,17 +317,18 @@ class InContext:
         chunk = pad_sequence(unread, batch_first=True).to(device)  # (rows, T)
         last = (counts - 1).clamp(min=0)[:, None]  # (rows, 1)
         q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
-        cache.lengths += counts  # in self.cache too
+        self.cache.lengths[rows] += counts
         for i, values in zip(trials, q):
             if self.unread[i]:
                 self.q[i], self.unread[i] = values, []
 
 
 def check_context(encoder, context, max_steps):
-    """ValueError if an episode may outgrow the KEPT share of so many tokens."""
+    """ValueError if one episode alone may outgrow the KEPT share of so many tokens."""
     kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
     step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
-    if (needed := math.ceil((max_steps + 3) * step / KEPT)) > context:  # 3: opening, reward, end
+    longest = (max_steps + 3) * step  # tokens; opening, reward and end are less than 3 steps
+    if (needed := math.ceil(longest / KEPT)) > context:
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
         raise ValueError(f"{few}: ask for {needed}, or for fewer --max-steps.")
 
@@ -363,7 +363,8 @@ class Recipe:
     width: int = flag(64, "model dimension of a new network", 1)
     heads: int = flag(2, "attention heads of a new network", 1)
     # the data come in collections, games on new lakes, each for `collection_steps` optimizer steps
-    sides: tuple[int, int] = flag((3, 5), "fewest and most tiles a side")
+    min_side: int = flag(3, "fewest tiles a side", 2, 10)
+    max_side: int = flag(5, "most tiles a side", 2, 10)
     min_hops: int = flag(4, "fewest steps from a start to a goal")
     easy_until: float = flag(0.4, "share of training over which easy lakes disappear", 0, 1)
     lakes: int = flag(256, "lakes in a collection", 1)
@@ -393,6 +394,10 @@ class Recipe:
     seed: int = flag(0, "of weights and data", 0)
 
     @property
+    def sides(self):
+        return self.min_side, self.max_side
+
+    @property
     def context(self):
         """Tokens that it looks back on in the end, and at play."""
         return self.late_tokens or self.tokens
@@ -400,10 +405,8 @@ class Recipe:
     def __post_init__(self):
         for f in fields(self):
             value, needed = getattr(self, f.name), ""
-            low, high, choices = f.metadata["limits"]
-            both = f.default, value
-            wanted, found = ([*map(type, x)] if type(x) is tuple else type(x) for x in both)
-            if found != wanted and (wanted, found) != (float, int):  # 1 may stand for 1.0
+            (low, high, choices), wanted = f.metadata["limits"], type(f.default)
+            if type(value) is not wanted and (type(value), wanted) != (int, float):  # 1 is 1.0
                 needed = f"like {f.default!r}"
             elif low is not None and not (low <= value <= high and value < math.inf):
                 needed = f"in {low} to {high}"
@@ -453,7 +456,7 @@ def read_recipe(folder) -> Recipe | None:
             return None
         if settings.keys() != {f.name for f in fields(Recipe)}:
             raise ValueError("it was made by another version of train.py: train it anew")
-        return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        return Recipe(**settings)
 
 
 def load_run(folder: str | Path, device="cpu", context=None) -> Run:
@@ -467,7 +470,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied: in a file's memory kernels round differently
+    else:  # copied to aligned memory, as in training: in a file's, kernels may round otherwise
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 

@@ -90,7 +90,7 @@ def new_worlds(recipe, count, progress, rng):
     lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
     lakes += random_lakes(count - easy - hard, rng, recipe.sides, recipe.min_hops, test=False)
     if hard:  # else there need not be any
-        lakes += random_lakes(hard, rng, (recipe.sides[1],) * 2, recipe.min_hops + 3, test=False)
+        lakes += random_lakes(hard, rng, (recipe.max_side,) * 2, recipe.min_hops + 3, test=False)
     assert not any(lake.is_test for lake in lakes)
     shares = recipe.shuffled, recipe.windows * late, recipe.slippery
     return worlds(lakes, rng, recipe.max_steps, *shares)
@@ -310,7 +310,7 @@ def average_gradients(parameters):
 def recipe_of(args):
     """The recipe that the flags ask for: they change the default, PAPER or a run's (--model)."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    given = {k: tuple(v) if k == "sides" else v for k, v in given.items() if v is not None}
+    given = {name: value for name, value in given.items() if value is not None}
     wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
     if args.resume:
         wrong, kind = given.keys() | ({"out"} if args.out else set()), "new runs"
@@ -371,9 +371,8 @@ def main(arguments=None):
     add("--trials", type=int, default=200, help="lakes played at the end")
     group = parser.add_argument_group("recipe")
     for f in fields(Recipe):
-        kind = {"nargs": 2, "type": int} if f.name == "sides" else {"type": type(f.default)}
         text = f"{f.metadata['help']} (default: {f.default})"
-        group.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        group.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), help=text)
     args = parser.parse_args(arguments)
     if min(args.look_every, args.trials) < 1:
         raise ValueError("--look-every and --trials have to be at least 1.")

@@ -280,7 +280,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 WRONG = {"tokens": ["many", 63, 99.5, True], "dtype": ["system"], "gamma": [1.1, float("nan")]}
-WRONG |= {"sides": [(3,), (3, "5"), 5], "model": [None], "learning_rate": [-1, float("inf")]}
+WRONG |= {"max_side": [[5], "5", 1], "model": [None], "learning_rate": [-1, float("inf")]}
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, value) for n in WRONG for value in WRONG[n]])

@@ -25,7 +25,7 @@ from icrl import encode_slice, load_run, td_loss, td_targets
 
 ROOT = Path(train.__file__).parent
 SMALL = """--layers 1 --width 16 --heads 2 --lakes 24 --episodes 40 --tokens 64 --max-steps 10
-    --batch 4 --steps 30 --collection-steps 5 --late-from 0.4 --own 0.5 --windows 0.5 --sides 3 4
+    --batch 4 --steps 30 --collection-steps 5 --late-from 0.4 --own 0.5 --windows 0.5 --max-side 4
     --min-hops 3 --hard 0.2 --shuffled 0.3 --slippery 0.2 --late-tokens 128
     --look-every 100 --trials 3""".split()
 PLAYERS = "transformer in context;systematic explorer;tabular Q-learning;uniform random".split(";")
@@ -136,7 +136,7 @@ def test_no_lake_of_a_training_is_a_test_lake(finished, monkeypatch):
     monkeypatch.setattr(
         train, "worlds", lambda lakes, *rest: seen.extend(lakes) or worlds(lakes, *rest)
     )
-    run = run._replace(recipe=replace(run.recipe, sides=(3, 3), min_hops=1, lakes=200))
+    run = run._replace(recipe=replace(run.recipe, max_side=3, min_hops=1, lakes=200))
     early, late = next(train.collect(run, 0)), next(train.collect(run, 5))
     assert (early.tokens.shape, late.tokens.shape) == ((4, 64), (2, 128))  # as many tokens
     tests = set(evaluation.test_lakes(3000, (3, 3), 2))
@@ -370,13 +370,13 @@ BAD = """eval.py TMP/nothing; eval.py RUN unseen larger; eval.py RUN RUN changin
     eval.py RUN --trials 1 --out TMP/file; eval.py RUN --context 20; train.py --out RUN;
     train.py --resume TMP/nothing; train.py --resume RUN --steps 5; train.py --dtype bfloat16;
     train.py --out TMP/file/run; train.py --model RUN --width 8; train.py --model RUN --muon-rate 1;
-    train.py NEW --sides 1 3; train.py NEW --min-hops 30;
+    train.py NEW --max-side 11; train.py NEW --min-hops 30;
     train.py NEW --shuffled 2; train.py NEW --late-tokens 20; train.py NEW --late-tokens -1;
     train.py NEW --batch 0; train.py NEW --gamma 1.5; train.py NEW --learning-rate nan;
     train.py NEW --quality best; train.py NEW --heads 20; train.py NEW --device nonsense;
     train.py NEW --look-every 0; train.py NEW --trials 0; train.py NEW --steps many;
     train.py NEW --learning-rate 1e30 --warm-up 1 --collection-steps 1"""
-FAULTY = ['"tokens": "many"', '"dtype": "system"', '"sides": [3]', '"held_out": 1']
+FAULTY = ['"tokens": "many"', '"dtype": "system"', '"max_side": [3]', '"held_out": 1']
 CUT = ["config.json", "tokenizer.json", "model.safetensors", "state.safetensors"]
 CASES = [(command, None) for command in re.split(r";\s+", BAD)]
 CASES += [("train.py --resume RUN", damage) for damage in FAULTY + CUT]
