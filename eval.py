@@ -41,7 +41,7 @@ BEST = "best possible"
 OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()
 COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
 ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
-ALWAYS = np.ones_like  # the chance that the network chooses
+ALWAYS = np.ones_like  # in every episode the network chooses with probability 1
 
 
 def test_lakes(count, sides, min_hops):
@@ -180,7 +180,7 @@ def along(lake, start, actions):
 def crossing_paths(lake, rng):
     """A path from elsewhere to a goal and one from the only start into a hole that cross, or None.
 
-    Neither begins on the other: who starts on the losing one can win only by changing over.
+    Neither begins on the other: of these two, who starts on the losing one has to change over.
     """
     moves = np.where(np.isin(lake.tiles, ["H", "G"])[:, None], -1, lake.moves)
 
@@ -257,7 +257,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     Each tile has a row of the cache, with the episodes before, as if the next one began there.
     """
     tiles = env.numbers[0]
-    same = worlds([lake] * len(tiles), env.rng, env.max_steps)  # never stepped
+    same = worlds([lake] * len(tiles), env.rng, env.max_steps)  # for its size and step limit only
     player = InContext(run, same, env.rng, given=[episodes[:number]] * len(tiles))
     player.act(tiles, episode=number)
     best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)
@@ -312,7 +312,7 @@ def main(arguments=None):
     add("--context", type=int, help="tokens to look back on (default: the run's)")
     add("--device", type=device, default=DEVICE)
     add("--seed", type=int, default=0, help="of all but the lakes")
-    add("--out", type=Path, help="folder of the results")
+    add("--out", type=Path, help="folder of the results (default: RUN/EXPERIMENT)")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
@@ -321,8 +321,7 @@ def main(arguments=None):
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"Only one experiment or --watch, most of them on one run: {args.what}.")
     run, *others = [load_run(folder, args.device, args.context) for folder in folders]
-    shipped = [folder.resolve() for folder in folders] == [SHIPPED]
-    out = args.out or (SHIPPED.parent if shipped else run.folder) / experiment
+    out = args.out or run.folder / experiment
     if args.watch or experiment == "beliefs":
         lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
         if args.watch:

@@ -68,8 +68,8 @@ def grid_moves(height, width):
 def hops(moves, goal, untried=np.inf):
     """Fewest steps from each tile to a goal, (N, S); inf where none is in reach.
 
-    moves (N, S, A): where each direction leads, or -1, from where it takes `untried` steps more.
-    goal (N, S): whether a tile is one.
+    moves (N, S, A): where each direction leads, or -1: to nowhere, or nobody has tried it and a
+    goal is taken to be `untried` steps beyond. goal (N, S): whether a tile is one.
     """
     lake, distance = np.arange(len(moves))[:, None, None], np.where(goal, 0.0, np.inf)
     while True:
@@ -323,7 +323,7 @@ class Explorer:
     lake has changed (figure 7).
     """
 
-    FAR = 1000.0  # steps from an untried action to a goal, it supposes: it prefers known goals
+    FAR = 1000.0  # steps to a goal beyond an untried action: more than to any known one
 
     def __init__(self, env, rng):
         self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried
@@ -333,7 +333,7 @@ class Explorer:
     def act(self, state, episode):
         distance = hops(self.known, self.goal, self.FAR)  # (N, S)
         here = distance[self.row, state]
-        lost = np.isinf(here) | (here == 0)
+        lost = np.isinf(here) | (here == 0)  # inf: nothing in reach, or a known hole; 0: a goal
         self.known[lost], self.goal[lost] = -1, False
         successor = self.known[self.row, state]  # (N, A)
         onward = np.where(successor < 0, self.FAR, distance[self.row[:, None], successor])

@@ -7,7 +7,7 @@ lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and 
 bad, a network has to work out from tau which lake this is: the longer tau, the better it plays.
 For training, 20 to 40 episodes of a lake, in random order lest their places tell how good their
 player was, are a *set*, and late in training so is a trial that the network played itself; sets of
-many lakes fill *slices* of T tokens.
+different lakes fill *slices* of T tokens.
 
 Sections 3 and 4 of the paper (arXiv 2501.14176); departures: the README's last table.
 Shapes: B batch, T tokens, N action positions (or trials side by side), A actions, D model.
@@ -156,8 +156,8 @@ def draw_set(episodes, rng, quality="mid"):
 def encode_slice(encoder, sets, length, gamma) -> Batch:
     """The next sets of episodes as exactly `length` tokens; a Batch without the B.
 
-    Sets of different lakes follow each other without a separator: the network has to notice. The
-    rest of a set at the slice's end is dropped.
+    Sets of different lakes follow each other without a separator: the network has to notice. What
+    is left of a set at the slice's end is dropped, and the next slice begins with the next.
     """
     tokens, positions, actions, rewards, discounts = [], [], [], [], []
     for episode in chain.from_iterable(sets):
@@ -300,7 +300,8 @@ class InContext:
         columns = (step.action, step.successor, step.reward, step.truncated, over)
         for i in np.flatnonzero(step.playing):
             self._write(i, self.encoder.step(*(column[i] for column in columns)))
-        self.playing, self.begins = step.playing, over & step.playing
+        self.playing = step.playing
+        self.begins = over & step.playing  # in vain after a trial's last episode
 
     def _write(self, i, pieces):
         tokens = self.encoder.tokens(pieces)
@@ -470,7 +471,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
-    else:  # copied to aligned memory, as in training: in a file's, kernels may round otherwise
+    else:  # copied: kernels may round otherwise in a file's memory, which is not aligned
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 
