@@ -180,19 +180,19 @@ def along(lake, start, actions):
 def crossing_paths(lake, rng):
     """A path from elsewhere to a goal and one from the only start into a hole that cross, or None.
 
-    Neither begins on the other: of these two, who starts on the losing one has to change over.
+    Neither begins on the other: who starts at S and knows only these has to change over.
     """
-    moves = np.where(np.isin(lake.tiles, ["H", "G"])[:, None], -1, lake.moves)
 
     def path(start, letter):
         """A random shortest way to a random tile of this letter, or None."""
-        end = rng.choice(np.flatnonzero(lake.tiles == letter))
-        (distance,) = hops(moves[None], [np.arange(lake.tiles.size) == end])
+        distance = np.full((1, lake.tiles.size), np.inf)
+        distance[0, rng.choice(np.flatnonzero(lake.tiles == letter))] = 0.0
+        (distance,) = hops(lake.moves[None], distance)
         actions, tile = [], start
         while 0 < distance[tile] < np.inf:
-            nearer = np.flatnonzero(distance[moves[tile]] < distance[tile])
+            nearer = np.flatnonzero(distance[lake.moves[tile]] < distance[tile])
             actions.append(int(rng.choice(nearer)))
-            tile = moves[tile, actions[-1]]
+            tile = lake.moves[tile, actions[-1]]
         return along(lake, start, actions) if actions else None
 
     start, *more = np.flatnonzero(lake.tiles == "S")
@@ -316,7 +316,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
-    experiment, *more = [w for w in what if w in names] + ["--watch"] * args.watch or ["unseen"]
+    asked = [w for w in what if w in names] + ["--watch"] * args.watch
+    experiment, *more = asked or ["unseen"]
     folders = [Path(word) for word in what if word not in names] or [SHIPPED]
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"Only one experiment or --watch, most of them on one run: {args.what}.")

@@ -48,8 +48,10 @@ class Lake:
 
     @cached_property
     def moves(self):
-        """Tiles that the four directions lead to, (tiles, A)."""
-        return np.array(self.links or grid_moves(len(self.rows), self.width))
+        """Tiles that the four directions lead to, (tiles, A); ends lead to themselves."""
+        end = np.isin(self.tiles, ["H", "G"])[:, None]
+        moves = np.array(self.links or grid_moves(len(self.rows), self.width))
+        return np.where(end, np.arange(end.size)[:, None], moves)
 
     @property
     def is_test(self):
@@ -65,16 +67,14 @@ def grid_moves(height, width):
     return row * width + column
 
 
-def hops(moves, goal, untried=np.inf):
+def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S); inf where none is in reach.
 
-    moves (N, S, A): where each direction leads, or -1: to nowhere, or nobody has tried it and a
-    goal is taken to be `untried` steps beyond. goal (N, S): whether a tile is one.
+    moves (N, S, A): where each direction leads; distance (N, S): 0 at goals, elsewhere inf.
     """
-    lake, distance = np.arange(len(moves))[:, None, None], np.where(goal, 0.0, np.inf)
+    lake = np.arange(len(moves))[:, None, None]
     while True:
-        onward = np.where(moves >= 0, distance[lake, moves], untried).min(-1)  # (N, S)
-        nearer = np.minimum(distance, 1 + onward)
+        nearer = np.minimum(distance, 1 + distance[lake, moves].min(-1))
         if np.array_equal(nearer, distance):
             return distance
         distance = nearer
@@ -109,8 +109,8 @@ def random_tiles(moves, min_hops, rng):
     """Letters (N, tiles) for moves (N, tiles, A), and which maps the rules keep, bool (N,)."""
     start, goal, hole = (rng.random(moves.shape[:2]) < chance for chance in (0.1, 0.1, 0.2))
     tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
-    moves = np.where((tiles == "H")[..., None], -1, moves)
-    distance = hops(moves, tiles == "G")
+    moves = np.where((tiles == "H")[..., None], np.arange(tiles.shape[1])[:, None], moves)
+    distance = hops(moves, np.where(tiles == "G", 0.0, np.inf))
     far = (distance >= min_hops) & (distance < np.inf)
     return tiles, start.any(1) & (far | ~start).all(1)
 
@@ -160,8 +160,6 @@ class FrozenLake:
             self.moves[i, number] = number[lake.moves]
         self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
         self.end = self.goal | (self.tiles == "H")
-        # as in gymnasium, ends are final
-        self.moves = np.where(self.end[..., None], np.arange(size)[:, None], self.moves)
         self.state, self.steps = np.zeros((2, N), int)
         self.reset(np.ones(N, bool))
 
@@ -323,20 +321,20 @@ class Explorer:
     lake has changed (figure 7).
     """
 
-    FAR = 1000.0  # steps to a goal beyond an untried action: more than to any known one
-
     def __init__(self, env, rng):
-        self.known = np.full(env.moves.shape, -1)  # (N, S, A) successor; -1: untried
-        self.goal = np.zeros(env.goal.shape, bool)  # (N, S) known goals
+        N, S, A = env.moves.shape
         self.row, self.rng = env.row, rng
+        self.known = np.full((N, S + 1, A), -1)  # where actions lead; untried: an extra tile, -1
+        self.goal = np.zeros((N, S + 1), bool)  # known goals
 
     def act(self, state, episode):
-        distance = hops(self.known, self.goal, self.FAR)  # (N, S)
+        distance = np.where(self.goal, 0.0, np.inf)  # (N, S + 1)
+        distance[:, -1] = 1000.0  # beyond an untried action: farther than any known goal
+        distance = hops(self.known, distance)
         here = distance[self.row, state]
         lost = np.isinf(here) | (here == 0)  # inf: nothing in reach, or a known hole; 0: a goal
         self.known[lost], self.goal[lost] = -1, False
-        successor = self.known[self.row, state]  # (N, A)
-        onward = np.where(successor < 0, self.FAR, distance[self.row[:, None], successor])
+        onward = distance[self.row[:, None], self.known[self.row, state]]  # (N, A)
         return np.argmin(onward + 1e-9 * self.rng.random(onward.shape), axis=1)
 
     def learn(self, step):

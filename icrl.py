@@ -5,8 +5,8 @@
 The *transcript* tau, as text, is all that happened to a player so far, over many episodes on one
 lake; such a game is a *trial*. Trained to predict Q(tau, a) for many lakes and players, good and
 bad, a network has to work out from tau which lake this is: the longer tau, the better it plays.
-For training, 20 to 40 episodes of a lake, in random order lest their places tell how good their
-player was, are a *set*, and late in training so is a trial that the network played itself; sets of
+For training, 20 to 40 episodes of a lake form a *set*, in random order lest their places tell how
+good their player was; late in training a trial that the network played itself is a set too. Sets of
 different lakes fill *slices* of T tokens.
 
 Sections 3 and 4 of the paper (arXiv 2501.14176); departures: the README's last table.
@@ -240,7 +240,7 @@ def polyak_update(online, delayed, alpha):
 
 
 # ---- playing
-CHUNK = 32  # at most so many tokens a row are read together; a row with more is read alone before
+CHUNK = 32  # rows are read together if none has more unread tokens; one that has, first by itself
 KEPT = 0.75  # of a full context stays when episodes are forgotten
 
 
@@ -272,7 +272,7 @@ class InContext:
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = env.row  # (rows,) the trial of each row of the cache
-        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # + padding
+        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # its padding
 
     @torch.inference_mode()
     def act(self, state, episode):
@@ -301,7 +301,7 @@ class InContext:
         for i in np.flatnonzero(step.playing):
             self._write(i, self.encoder.step(*(column[i] for column in columns)))
         self.playing = step.playing
-        self.begins = over & step.playing  # in vain after a trial's last episode
+        self.begins = over & step.playing  # also after a trial's last episode: an opening in vain
 
     def _write(self, i, pieces):
         tokens = self.encoder.tokens(pieces)

@@ -311,14 +311,15 @@ def recipe_of(args):
     """The recipe that the flags ask for: they change the default, PAPER or a run's (--model)."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
-    wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
     if args.resume:
         wrong, kind = given.keys() | ({"out"} if args.out else set()), "new runs"
     elif args.model:
         wrong, kind = given.keys() & {"layers", "width", "heads", "muon_rate"}, "a new network"
+    else:
+        wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
     if wrong:
         raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
-    if not args.model:  # unused by --resume
+    if not args.model:  # (--resume goes on with its run's recipe)
         return Recipe(**given)
     folder, base = Path(args.model), None
     if folder.is_dir():
