@@ -228,7 +228,8 @@ def roll_out(env, player, episodes, limit=math.inf, first=0):
     """Let `player` play so many episodes on every lake of `env`, side by side; [lake][episode].
 
     No lake waits for another: `player.act` is told each one's present episode, counted from
-    `first`. After `limit` steps all end, and unfinished episodes are dropped.
+    `first`. Where all are played it goes on in vain until the last lake is done. After `limit`
+    steps all end, and unfinished episodes are dropped.
     """
     episode, steps = np.full(len(env), first), []
     state = env.reset(np.ones(len(env), bool))

@@ -240,7 +240,7 @@ def polyak_update(online, delayed, alpha):
 
 
 # ---- playing
-CHUNK = 32  # rows are read together if none has more unread tokens; one that has, first by itself
+CHUNK = 32  # most tokens that a row has when all rows are read together
 KEPT = 0.75  # of a full context stays when episodes are forgotten
 
 
@@ -272,7 +272,7 @@ class InContext:
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = env.row  # (rows,) the trial of each row of the cache
-        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # its padding
+        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # of padding
 
     @torch.inference_mode()
     def act(self, state, episode):
@@ -288,9 +288,9 @@ class InContext:
                     self.written[i].pop(0)
                 self.unread[i] = list(chain(*self.written[i]))
                 self.cache.lengths[row] = 0
-            if len(self.unread[i]) > CHUNK:  # by itself: the others would be padded to it
+            if len(self.unread[i]) > CHUNK:  # by itself, lest the others be padded to it
                 self._read(slice(row, row + 1))
-        self._read(slice(None))
+        self._read(slice(None))  # together, each padded to the longest
         self.by_model = self.rng.random(len(state)) < self.probability(episode)
         by_coin = self.rng.integers(0, len(ACTIONS), len(state))
         return np.where(self.by_model, self.q.argmax(1), by_coin)
@@ -301,7 +301,7 @@ class InContext:
         for i in np.flatnonzero(step.playing):
             self._write(i, self.encoder.step(*(column[i] for column in columns)))
         self.playing = step.playing
-        self.begins = over & step.playing  # also after a trial's last episode: an opening in vain
+        self.begins = over & step.playing  # and once more after the last episode, in vain
 
     def _write(self, i, pieces):
         tokens = self.encoder.tokens(pieces)
