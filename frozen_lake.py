@@ -68,9 +68,9 @@ def grid_moves(height, width):
 
 
 def hops(moves, distance):
-    """Fewest steps from each tile to a goal, (N, S); inf where none is in reach.
+    """Fewest steps from each tile to a goal, (N, S), or inf.
 
-    moves (N, S, A): where each direction leads; distance (N, S): 0 at goals, elsewhere inf.
+    moves (N, S, A): where each direction leads; distance (N, S): if known, 0 at goals; else inf.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -334,7 +334,7 @@ class Explorer:
         distance = hops(self.known, distance)
         here = distance[self.row, state]
         lost = np.isinf(here) | (here == 0)  # inf: nothing in reach, or a known hole; 0: a goal
-        self.known[lost], self.goal[lost] = -1, False
+        self.known[lost], self.goal[lost] = -1, False  # so that all actions are untried again
         onward = distance[self.row[:, None], self.known[self.row, state]]  # (N, A)
         return np.argmin(onward + 1e-9 * self.rng.random(onward.shape), axis=1)
 

@@ -241,7 +241,7 @@ def polyak_update(online, delayed, alpha):
 
 # ---- playing
 CHUNK = 32  # most tokens that a row has when all rows are read together
-KEPT = 0.75  # of a full context stays when episodes are forgotten
+KEPT = 0.75  # at most so much of a full context stays when episodes are forgotten
 
 
 def model_probability(episode):
@@ -272,7 +272,7 @@ class InContext:
         self.begins = np.ones(len(env), bool)  # (N,) whether an episode begins
         self.q = np.zeros((len(env), len(ACTIONS)), np.float32)  # (N, A) read last
         self.trial = env.row  # (rows,) the trial of each row of the cache
-        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # of padding
+        self.cache = KVCache(run.network.llama, len(env), self.context + CHUNK)  # for padding
 
     @torch.inference_mode()
     def act(self, state, episode):

@@ -69,7 +69,7 @@ def collect(run, number):
     played = roll_out(env, player, recipe.episodes)
     own = cycle(own_trials(run, number)) if late and recipe.own else None
 
-    def sets():  # endless: slices begin with the next
+    def sets():  # endless: each slice begins with the next one
         while True:
             for lake in rng.permutation(len(env)):
                 by_network = own and rng.random() < recipe.own
