@@ -41,7 +41,7 @@ BEST = "best possible"
 OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()
 COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
 ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
-ALWAYS = np.ones_like  # in every episode the network chooses with probability 1
+ALWAYS = np.ones_like  # the network chooses with probability 1
 
 
 def test_lakes(count, sides, min_hops):

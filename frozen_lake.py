@@ -70,7 +70,7 @@ def grid_moves(height, width):
 def hops(moves, distance):
     """Fewest steps from each tile to a goal, (N, S), or inf.
 
-    moves (N, S, A): where each direction leads; distance (N, S): if known, 0 at goals; else inf.
+    moves (N, S, A): where each direction leads; distance (N, S): 0 at goals, else inf or a bound.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -228,8 +228,8 @@ def roll_out(env, player, episodes, limit=math.inf, first=0):
     """Let `player` play so many episodes on every lake of `env`, side by side; [lake][episode].
 
     No lake waits for another: `player.act` is told each one's present episode, counted from
-    `first`. Where all are played it goes on in vain until the last lake is done. After `limit`
-    steps all end, and unfinished episodes are dropped.
+    `first`. Lakes that are done are played on in vain until the last one is. After `limit` steps
+    all end, and unfinished episodes are dropped.
     """
     episode, steps = np.full(len(env), first), []
     state = env.reset(np.ones(len(env), bool))
@@ -325,7 +325,7 @@ class Explorer:
     def __init__(self, env, rng):
         N, S, A = env.moves.shape
         self.row, self.rng = env.row, rng
-        self.known = np.full((N, S + 1, A), -1)  # where actions lead; untried: an extra tile, -1
+        self.known = np.full((N, S + 1, A), -1)  # where actions lead; untried: to -1, the last tile
         self.goal = np.zeros((N, S + 1), bool)  # known goals
 
     def act(self, state, episode):
@@ -334,7 +334,7 @@ class Explorer:
         distance = hops(self.known, distance)
         here = distance[self.row, state]
         lost = np.isinf(here) | (here == 0)  # inf: nothing in reach, or a known hole; 0: a goal
-        self.known[lost], self.goal[lost] = -1, False  # so that all actions are untried again
+        self.known[lost], self.goal[lost] = -1, False  # all untried again
         onward = distance[self.row[:, None], self.known[self.row, state]]  # (N, A)
         return np.argmin(onward + 1e-9 * self.rng.random(onward.shape), axis=1)
 

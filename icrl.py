@@ -285,7 +285,7 @@ class InContext:
         for row, i in enumerate(self.trial):
             if sum(map(len, self.written[i])) > self.context:  # forget the oldest episodes
                 while sum(map(len, self.written[i])) > KEPT * self.context:
-                    self.written[i].pop(0)
+                    self.written[i].pop(0)  # never the present one: see check_context
                 self.unread[i] = list(chain(*self.written[i]))
                 self.cache.lengths[row] = 0
             if len(self.unread[i]) > CHUNK:  # by itself, lest the others be padded to it

@@ -319,7 +319,7 @@ def recipe_of(args):
         wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
     if wrong:
         raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
-    if not args.model:  # (--resume goes on with its run's recipe)
+    if not args.model:  # --resume ignores it
         return Recipe(**given)
     folder, base = Path(args.model), None
     if folder.is_dir():
@@ -370,7 +370,7 @@ def main(arguments=None):
     add("--compile", action="store_true", help="compile for a minute, run faster")
     add("--look-every", type=int, default=1200, help="steps (default: %(default)s)")
     add("--trials", type=int, default=200, help="lakes played at the end")
-    group = parser.add_argument_group("recipe")
+    group = parser.add_argument_group("recipe (defaults: a new network's)")
     for f in fields(Recipe):
         text = f"{f.metadata['help']} (default: {f.default})"
         group.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), help=text)
