@@ -257,7 +257,7 @@ def draw_beliefs(axes, run, env, lake, episodes, number):
     Each tile has a row of the cache, with the episodes before, as if the next one began there.
     """
     tiles = env.numbers[0]
-    same = worlds([lake] * len(tiles), env.rng, env.max_steps)  # for its size and step limit only
+    same = worlds([lake] * len(tiles), env.rng, env.max_steps)  # for its size and step limit
     player = InContext(run, same, env.rng, given=[episodes[:number]] * len(tiles))
     player.act(tiles, episode=number)
     best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)
@@ -312,7 +312,7 @@ def main(arguments=None):
     add("--context", type=int, help="tokens to look back on (default: the run's)")
     add("--device", type=device, default=DEVICE)
     add("--seed", type=int, default=0, help="of all but the lakes")
-    add("--out", type=Path, help="folder of the results (default: RUN/EXPERIMENT)")
+    add("--out", type=Path, help="default: RUN/EXPERIMENT")
     args = parser.parse_args(arguments)
     alone = {"stitching": stitching, "changing": changing}
     names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
@@ -322,7 +322,7 @@ def main(arguments=None):
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"Only one experiment or --watch, most of them on one run: {args.what}.")
     run, *others = [load_run(folder, args.device, args.context) for folder in folders]
-    out = args.out or run.folder / experiment
+    out = args.out or run.folder / ("compare" if others else "") / experiment
     if args.watch or experiment == "beliefs":
         lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
         if args.watch:

@@ -264,16 +264,16 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment):
         return played
 
     monkeypatch.setattr(evaluation, "play", recorded)
-    other = [shutil.copytree(finished, tmp_path / "other")] * ("compare" in experiment)
-    runs, out = (finished, *other), ("--trials", trials, "--out", tmp_path / "out")
-    go(evaluation, *experiment.split(), *runs, *out)
-    assert contents(tmp_path / "out").keys() == {"curve.csv", "curve.png"}
-    rows, printed = rows_of(tmp_path / "out" / "curve.csv")[1:], capsys.readouterr().out
+    several, name = "compare" in experiment, experiment.replace("compare", "").strip() or "unseen"
+    runs = [shutil.copytree(finished, tmp_path / str(number)) for number in range(1 + several)]
+    go(evaluation, *experiment.split(), *runs, "--trials", trials)
+    out = runs[0] / "compare" / name if several else runs[0] / name
+    assert contents(out).keys() == {"curve.csv", "curve.png"}
+    rows, printed = rows_of(out / "curve.csv")[1:], capsys.readouterr().out
     players, episodes = list(dict.fromkeys(rows[:, 1])), len(set(rows[:, 2]))
     assert players[2:5] == PLAYERS[1:] or players[1:] == PLAYERS[1:]
     sizes = {"slippery": (6, 30), "changing": (4, 60), "stitching": (5, 5)}
     assert (len(players), episodes) == sizes.get(experiment, (5, 30))
-    name = "unseen" if experiment == "compare" else experiment.split()[-1]
     expected = [[name, p, str(e), trials] for p in players for e in range(episodes)]
     assert rows[:, [0, 1, 2, 6]].tolist() == expected
     assert all(f"\n{player} " in printed for player in players)
