@@ -20,16 +20,19 @@ A single run plays these twice, the second time with nothing forced:
 
 import argparse
 import csv
+import os
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
-from frozen_lake import ACTIONS, DIRECTIONS, Episode, Explorer, Lake, Planner, RandomPlayer
+from frozen_lake import ACTIONS, DIRECTIONS, NOTEBOOK_LAKE, Episode, Explorer, Planner, RandomPlayer
 from frozen_lake import TabularQ, draw, hops, random_graphs, random_lakes, roll_out, worlds
 from icrl import SHIPPED, InContext, load_run, model_probability, play, replacing
 from llama import DEVICE, device, exit_in_one_sentence
 
+os.environ["MPLBACKEND"] = "agg"  # no window; and a notebook's may be missing here
 TEST_SEED = 2501_14176
 REFERENCES = {
     "systematic explorer": Explorer,
@@ -121,8 +124,6 @@ def save_picture(path, figure):
 def report(folder, experiment, title, played):
     """Print the table; write curve.csv and, with matplotlib, curve.png."""
     returns = {name: returns_of(trials) for name, trials in played.items()}
-    print(f"\n{title}\n\n{table(played)}\n")
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "curve.csv") as path, open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow("experiment player episode mean_return ci_low ci_high trials".split())
@@ -130,11 +131,13 @@ def report(folder, experiment, title, played):
             for episode, values in enumerate(zip(r.mean(0), *wilson(r.mean(0), len(r)))):
                 numbers = (f"{value:.4f}" for value in values)
                 writer.writerow((experiment, player, episode, *numbers, len(r)))
-    print(f"Written: {folder / 'curve.csv'}")
+    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}")
     try:
         plot(folder / "curve.png", title, returns)
     except ImportError:
         print("(for a picture: pip install matplotlib)")
+    except Exception as error:  # the figures are safe
+        print(f"(no picture: {error!r})")
 
 
 def on_lakes(experiment, runs, folder, trials, seed):
@@ -163,9 +166,6 @@ def changing(run, folder, trials, seed):
     played = {TRANSFORMER: [one + other for one, other in zip(earlier, later)]}
     played |= by_references(run, seed, before, after)
     report(folder, "changing", f"{trials} lakes that change after episode 29", played)
-
-
-NOTEBOOK_LAKE = Lake(("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF"))
 
 
 def along(lake, start, actions):
@@ -285,7 +285,6 @@ def beliefs(run, path, lake, seed):
     rng = np.random.default_rng(seed)
     env = worlds([lake], rng, run.recipe.max_steps, float(run.recipe.shuffled > 0))
     (episodes,) = roll_out(env, InContext(run, env, rng, ALWAYS), 30)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         figure = Figure(figsize=(9, 6.2 * len(lake.rows) / lake.width + 0.5), layout="constrained")
         for axes, number in zip(figure.subplots(2, 3).flat, (0, 1, 2, 5, 10, 29)):
@@ -321,8 +320,13 @@ def main(arguments=None):
     folders = [Path(word) for word in what if word not in names] or [SHIPPED]
     if more or (len(folders) > 1 and experiment not in ON_LAKES):
         raise ValueError(f"Only one experiment or --watch, most of them on one run: {args.what}.")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed has to be in 0 to {2**32 - 1}, not {args.seed}.")
     run, *others = [load_run(folder, args.device, args.context) for folder in folders]
     out = args.out or run.folder / ("compare" if others else "") / experiment
+    if not args.watch:  # can it be written?
+        out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
     if args.watch or experiment == "beliefs":
         lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
         if args.watch:

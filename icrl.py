@@ -16,6 +16,7 @@ Shapes: B batch, T tokens, N action positions (or trials side by side), A action
 import copy
 import json
 import math
+import os
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -81,19 +82,29 @@ def compact_tokenizer() -> Tokenizer:
 class Encoder:
     """Writes episodes as lists of pieces of text, each tokenized once."""
 
-    def __init__(self, tokenizer):
-        known = [t for marker, t in TEMPLATES.items() if tokenizer.token_to_id(marker) is not None]
-        if not known:
-            raise ValueError(f"The tokenizer has none of the markers {', '.join(TEMPLATES)}.")
-        self.tokenizer, self.template = tokenizer, known[0]
+    def __init__(self, tokenizer, vocab_size):
+        """Takes the first of TEMPLATES that fits the tokenizer and so many rows of an embedding."""
+        self.tokenizer = tokenizer
+        problem = f"has none of the markers {', '.join(TEMPLATES)}"
+        for marker, template in TEMPLATES.items():
+            if tokenizer.token_to_id(marker) is not None and problem:
+                problem = self._problem(template, vocab_size)
+        if problem:
+            raise ValueError(f"The tokenizer {problem}: take another model.")
+
+    def _problem(self, template, vocab_size):
+        """Prepare for this template; returns why it does not fit, or None."""
+        self.template, tokenizer = template, self.tokenizer
         begin, observation, prompt, action, reward, cut, end = self.template
         self.tiles = [observation.format(tile) for tile in range(MAX_TILES)]
         self.actions = [action.format(word) for word in ACTIONS]
         pieces = [begin, prompt, reward, cut, end, *self.actions, *self.tiles]
         self.ids = {p: tokenizer.encode(p, add_special_tokens=False).ids for p in pieces}
         self.action_tokens = [self.ids[piece][0] for piece in self.actions]
+        if max(chain(*self.ids.values())) >= vocab_size:
+            return f"has tokens beyond the network's {vocab_size}"
         if len(set(self.action_tokens)) < len(ACTIONS):
-            raise ValueError("Two action words begin with the same token: take another model.")
+            return "lets two action words begin with the same token"
         whole = []  # every piece beside all that it can stand beside
         for tile in self.tiles:
             whole += [begin, tile]
@@ -101,13 +112,22 @@ class Encoder:
                 whole += [prompt, action, tile]
             whole += [reward, end, begin, tile, cut, end, begin, tile, end]
         if tokenizer.encode("".join(whole), add_special_tokens=False).ids != self.tokens(whole):
-            raise ValueError("The tokenizer joins pieces of a transcript: take another model.")
+            return "joins pieces of a transcript"
+        return None
+
+    def longest(self):
+        """The most tokens of an opening and of a step that neither pays nor ends the episode."""
+        begin, _, prompt, *_ = (len(self.ids.get(piece, ())) for piece in self.template)
+        tile, action = (max(len(self.ids[p]) for p in ps) for ps in (self.tiles, self.actions))
+        return begin + tile + prompt, action + tile + prompt
 
     def opening(self, tile):
         return [self.template.begin, self.tiles[tile], self.template.prompt]
 
     def step(self, action, tile, reward, cut, over):
         """What is written of a step, up to the next prompt or the episode's end."""
+        if reward not in (0, 1):
+            raise ValueError(f"A transcript tells rewards of 1 and 0 only, not {reward}.")
         rewarded = [self.template.reward] if reward > 0 else []
         limited = [self.template.cut] if cut else []
         last = self.template.end if over else self.template.prompt
@@ -326,12 +346,20 @@ class InContext:
 
 def check_context(encoder, context, max_steps):
     """ValueError if one episode alone may outgrow the KEPT share of so many tokens."""
-    kinds = ([encoder.template.prompt], encoder.actions, encoder.tiles)
-    step = sum(max(len(encoder.ids[piece]) for piece in kind) for kind in kinds)
+    _, step = encoder.longest()
     longest = (max_steps + 3) * step  # tokens; opening, reward and end are less than 3 steps
     if (needed := math.ceil(longest / KEPT)) > context:
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
         raise ValueError(f"{few}: ask for {needed}, or for fewer --max-steps.")
+
+
+def check_base(recipe, config):
+    """ValueError if slices or a context are longer than a base knows."""
+    longest, known = max(recipe.tokens, recipe.context), config.max_position_embeddings
+    if longest > known:
+        raise ValueError(
+            f"{recipe.model} knows contexts of {known} tokens: {longest} are too many."
+        )
 
 
 def play(run, lakes, seed, episodes=30, first=0, given=None, probability=model_probability, **kind):
@@ -392,7 +420,7 @@ class Recipe:
     warm_up: int = flag(50, "steps over which the rates rise", 1)
     decay_from: float = flag(0.2, "share of training after which they fall", 0, 1)
     clip: float = flag(1.0, "largest gradient norm; 0: any", 0)
-    seed: int = flag(0, "of weights and data", 0)
+    seed: int = flag(0, "of weights and data", 0, 2**32 - 1)
 
     @property
     def sides(self):
@@ -423,7 +451,7 @@ Run = namedtuple("Run", "folder recipe network encoder")
 @contextmanager
 def replacing(path):
     """Write to the yielded name; if all goes well it becomes `path` in one step."""
-    new = path.with_name("tmp." + path.name)
+    new = path.with_name(f"tmp.{os.getpid()}.{path.name}")
     try:
         yield new
         new.replace(path)
@@ -435,7 +463,7 @@ def save(path, content):
     """Tensors by name as safetensors, anything else as JSON."""
     with replacing(path) as new:
         if path.suffix == ".safetensors":
-            save_file(content, new, {"format": "pt"})
+            new.write_bytes(safetensors_of(content, {"format": "pt"}))
         else:
             new.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -446,15 +474,19 @@ def save_network(run):
         return save(run.folder / "model.safetensors", run.network.llama.state_dict())
     save(run.folder / "adapter_model.safetensors", run.network.adapter.to_peft())
     base = {"base_model_name_or_path": run.recipe.model, "inference_mode": True}
+    base["revision"] = run.recipe.revision or None
     save(run.folder / "adapter_config.json", PEFT_CONFIG | base)
 
 
 def read_recipe(folder) -> Recipe | None:
     """The recipe of a run; None for any other checkpoint."""
-    with reading(folder / "config.json") as path:
-        settings = json.loads(path.read_text()).get("icrl")
-        if settings is None:
-            return None
+    if not (folder / "recipe.json").exists():
+        with reading(folder / "config.json") as path:
+            if "icrl" in json.loads(path.read_text()):
+                raise ValueError("it was made by an older version of train.py: train it anew")
+        return None
+    with reading(folder / "recipe.json") as path:
+        settings = json.loads(path.read_text())
         if settings.keys() != {f.name for f in fields(Recipe)}:
             raise ValueError("it was made by another version of train.py: train it anew")
         return Recipe(**settings)
@@ -464,15 +496,17 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
     """The run of train.py in a folder, perhaps with another context at play; or a ValueError."""
     folder = Path(folder)
     if (recipe := read_recipe(folder)) is None:
-        raise ValueError(f"{folder} is no run of train.py: its config.json has no recipe.")
+        raise ValueError(f"{folder} is no run of train.py: it has no recipe.json.")
     recipe = replace(recipe, late_tokens=context or recipe.late_tokens)
-    encoder, dtype = Encoder(load_tokenizer(folder)), getattr(torch, recipe.dtype)
+    dtype = getattr(torch, recipe.dtype)
     if recipe.model:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
+        check_base(recipe, llama.config)
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
     else:  # copied: kernels may round otherwise in a file's memory, which is not aligned
         llama, adapter = copy.deepcopy(load_llama(folder, dtype, device)), None
+    encoder = Encoder(load_tokenizer(folder), llama.config.vocab_size)
     return Run(folder, recipe, QNetwork(llama, encoder.action_tokens, adapter), encoder)
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 REFUSED = "attention_bias mlp_bias attention_dropout rope_interleaved quantization_config".split()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,32 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # of rope_type llama3, or plain RoPE
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    dtype: str | None = None  # of the weights; None: the embedding's
 
     @classmethod
     def from_dict(cls, config):
         """From the contents of a config.json; ValueError for what `Llama` does not implement."""
         config = {key: value for key, value in config.items() if value is not None}
-        wanted = {"model_type": "llama", "hidden_act": "silu"} | dict.fromkeys(REFUSED, False)
-        for key, value in wanted.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"{key} {config[key]!r} is not implemented")
+        # as in transformers: rope_scaling before rope_parameters, which holds rope_theta too
+        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        wanted = {"model_type": "llama", "hidden_act": "silu", "partial_rotary_factor": 1}
+        for key, value in (wanted | dict.fromkeys(REFUSED, False)).items():
+            found = config.get(key, rope.get(key, value))
+            if found != value:
+                raise ValueError(f"{key} {found!r} is not implemented")
         heads = config["num_attention_heads"]
         config = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads} | config
         sizes = {f.name: config.get(f.name, 1) for f in fields(cls) if f.type is int}
         whole = all(type(size) is int and size > 0 for size in sizes.values())
         if not whole or heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
             raise ValueError(f"no Llama has these sizes: {sizes}")
-        # transformers 5 keeps RoPE's settings in rope_parameters, transformers 4 beside the others
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         config["rope_theta"] = float(rope.pop("rope_theta", config.get("rope_theta", 10_000)))
         kind = rope.pop("type", None) or rope.get("rope_type", "default")
-        rope["rope_type"] = kind
+        if rope.setdefault("rope_type", kind) != kind:
+            raise ValueError(f"RoPE's type is {kind!r}, and its rope_type {rope['rope_type']!r}")
+        config["dtype"] = config.get("dtype", config.get("torch_dtype"))
+        if config["dtype"] not in (None, *DTYPES):
+            raise ValueError(f"dtype {config['dtype']!r} is not implemented")
         if kind != "default" and (kind != "llama3" or set(LLAMA3_SCALING) - rope.keys()):
             raise ValueError(f"RoPE scaling {rope} is not implemented, or not whole")
         config["rope_scaling"] = None if kind == "default" else rope
@@ -233,7 +240,7 @@ class Llama(nn.Module):
         if self.unembedding.is_cuda:
             torch.cuda.empty_cache()
             return torch.cuda.mem_get_info(self.unembedding.device)[0]
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return ram() // 2
 
     def forward(self, tokens: Tensor, adapter=None, cache=None) -> Tensor:
         """Hidden states (B, T, D) of tokens (B, T) int64, which continue what the cache holds.
@@ -257,11 +264,24 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
 
+def ram():
+    """Bytes of memory that this machine has, or its container where that is less."""
+    limits = (
+        [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    )
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits, default=8 * 2**30)
+
+
 # ---- checkpoints; whatever is wrong with them is a ValueError of one sentence
 def fetch(source: str | Path, *files, revision="") -> Path:
     """A checkpoint's folder: `source`, or its copy in the Hub's cache, downloaded if missing."""
     if Path(source).is_dir():
         return Path(source)
+    if str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1:
+        raise ValueError(f"{source} is no folder.")
     try:
         return Path(snapshot_download(str(source), revision=revision or None, allow_patterns=files))
     except Exception as error:  # the Hub's library and its HTTP library each have many
@@ -279,6 +299,8 @@ def reading(path):
     """Names the file in whatever goes wrong with it."""
     try:
         yield path
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist.") from error
     except Exception as error:  # of whatever library reads it
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{path} cannot be used: {reason}") from error
@@ -304,26 +326,49 @@ def load_config(source: str | Path, revision="") -> tuple[LlamaConfig, Path]:
         return LlamaConfig.from_dict(json.loads(path.read_text())), folder
 
 
+def fetch_weights(source, revision="") -> list[Path]:
+    """The files of a checkpoint's weights: one, or those that an index names, or all shards."""
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    folder = fetch(source, single, index, revision=revision)
+    if (folder / single).exists():
+        return [folder / single]
+    if (folder / index).exists():
+        with reading(folder / index) as path:
+            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return [fetch(source, *names, revision=revision) / name for name in names]
+    return sorted(fetch(source, "model*.safetensors", revision=revision).glob("model*.safetensors"))
+
+
 def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Llama:
-    """The Llama of a checkpoint, one safetensors file or shards; `dtype` None: the files' type."""
+    """The Llama of a checkpoint; `dtype` None: its config's type, or else its embedding's."""
     config, folder = load_config(source, revision)
     with torch.device("meta"):  # no memory of its own: it takes over the files' tensors
         llama = Llama(config)
-    folder = fetch(source, "model*.safetensors", revision=folder.name)  # the commit is its name
-    tensors, paths = {}, sorted(folder.glob("model*.safetensors"))
+    tensors = {}
+    paths = fetch_weights(source, folder.name)  # of the same commit, whose name the folder has
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):
         for name, tensor in load_tensors(path, device).items():
+            if name in tensors:
+                raise ValueError(f"{path} cannot be used: {name} is in another file too.")
+            if tensor.dtype not in (*DTYPES.values(), torch.float64):
+                raise ValueError(f"{path} cannot be used: {name} is of type {tensor.dtype}.")
             if not name.endswith("inv_freq"):  # old checkpoints hold RoPE's frequencies
-                tensors[name] = tensor.to(dtype or tensor.dtype)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    expected = {n: str(list(t.shape)) for n, t in llama.state_dict().items()}
-    found = {n: str(list(t.shape)) for n, t in tensors.items()}
-    if different := expected.items() ^ found.items():
-        name = min(different)[0]
-        shapes = f"{found.get(name)}, where config.json says {expected.get(name)}"
-        raise ValueError(f"{folder} is not whole, or another model's: {name} is {shapes}.")
-    llama.load_state_dict(tensors, assign=True)
+                tensors[name] = tensor
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # either stands for both
+        head = tensors.pop("lm_head.weight")
+        if not tensors.setdefault("model.embed_tokens.weight", head).equal(head):
+            raise ValueError(f"{folder} has two different embeddings, but its config ties them.")
+    if dtype is None and "model.embed_tokens.weight" in tensors:
+        dtype = DTYPES.get(config.dtype) or tensors["model.embed_tokens.weight"].dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    try:
+        llama.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # its second line names the first tensors that do not fit
+        first = str(error).splitlines()[1].strip(" \t.").replace('"', "")
+        first = first if first.startswith("size") else first.partition(",")[0]
+        raise ValueError(
+            f"{folder} is not whole, or not as its config.json says: {first}."
+        ) from error
     return llama
 
 
@@ -335,6 +380,8 @@ def complete(source, prompt, count=40):
     """The prompt and `count` tokens after it, each the likeliest."""
     tokenizer, llama = load_tokenizer(load_config(source)[1]), load_llama(source, device=DEVICE)
     ids = tokenizer.encode(prompt).ids
+    if not ids or max(ids) >= llama.config.vocab_size:
+        raise ValueError(f"{prompt!r} has no tokens, or one that the network has no embedding of.")
     cache = KVCache(llama, 1, len(ids) + count)
     chunk = torch.tensor([ids], device=DEVICE)  # (1, T), then (1, 1)
     for _ in range(count):
@@ -357,8 +404,13 @@ def device(name):
 @contextmanager
 def exit_in_one_sentence():
     """What the user can mend ends in one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal need not know all characters
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         sys.exit(2)

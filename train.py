@@ -8,14 +8,15 @@
 
 Sections 3 (optimisation) and 4.1 (data) of the paper.
 
-A run is a folder: config.json (shape and recipe), tokenizer.json, what was trained
-(model.safetensors, or PEFT's files), state.safetensors (for --resume), log.csv and eval.py's curve.
+A run is a folder: recipe.json, tokenizer.json, what was trained (config.json and
+model.safetensors, or PEFT's files), state.safetensors (for --resume), log.csv and eval.py's curve.
 """
 
 import argparse
 import math
 import os
 from dataclasses import asdict, fields, replace
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -28,13 +29,14 @@ from tqdm import tqdm
 from eval import on_lakes, sparkline, test_lakes
 from frozen_lake import Episode, TabularQ, random_lakes, roll_out, worlds
 from ia3 import IA3
-from icrl import Encoder, InContext, QNetwork, Recipe, Run, check_context, collate
+from icrl import Encoder, InContext, QNetwork, Recipe, Run, check_base, check_context, collate
 from icrl import compact_tokenizer, draw_set, encode_slice, load_run, model_probability, play
 from icrl import polyak_update, read_recipe, replacing, save, save_network, td_loss, td_targets
 from llama import DEVICE, Llama, LlamaConfig, device, exit_in_one_sentence, load_config, load_llama
 from llama import load_tensors, load_tokenizer
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0
 ADAMW = {"learning_rate": 0.01, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
 PAPER = Recipe(
     model="meta-llama/Llama-3.1-8B-Instruct",
@@ -228,7 +230,12 @@ def train(run, args):
         norm = nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf).item()
         if not math.isfinite(norm):
             bar.close()
-            raise ValueError(f"The gradient's norm is {norm} after {step} steps: lower the rates.")
+            hint = (
+                "float16 may be too small for it"
+                if recipe.dtype == "float16"
+                else "lower the rates"
+            )
+            raise ValueError(f"The gradient's norm is {norm} after {step} steps: {hint}.")
 
         # theta learns, phi follows
         for optimizer in optimizers:
@@ -262,7 +269,8 @@ def learning(online, delayed):
 
 def save_state(run, delayed, optimizers, step):
     """What --resume needs, in one file."""
-    tensors = {"step": torch.tensor(step)} | learning(run.network, delayed)
+    tensors = {"step": torch.tensor(step), "processes": torch.tensor(WORLD_SIZE)}
+    tensors |= learning(run.network, delayed)
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{index}.{name}": value for name, value in state.items()}
@@ -274,15 +282,25 @@ def load_state(run, delayed, optimizers):
     if not (path := run.folder / "state.safetensors").exists():
         return 0
     tensors = load_tensors(path)
-    step = tensors.pop("step").item()
-    for name, p in learning(run.network, delayed).items():
-        p.copy_(tensors.pop(name))
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    for key, value in tensors.items():
-        number, index, name = key.split(".")
-        states[int(number)]["state"].setdefault(int(index), {})[name] = value
-    for optimizer, state in zip(optimizers, states):
-        optimizer.load_state_dict(state)
+    try:
+        step, processes = tensors.pop("step").item(), tensors.pop("processes").item()
+        for name, p in learning(run.network, delayed).items():
+            p.copy_(tensors.pop(name))
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        for key, value in tensors.items():
+            number, index, name = key.split(".")
+            states[int(number)]["state"].setdefault(int(index), {})[name] = value
+        for optimizer, state in zip(optimizers, states):
+            if state["state"] and state["state"].keys() != {*state["param_groups"][0]["params"]}:
+                raise ValueError("another optimizer's")
+            optimizer.load_state_dict(state)
+            for p, of_p in optimizer.state.items():
+                if any(value.ndim and value.shape != p.shape for value in of_p.values()):
+                    raise ValueError("another shape's")
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is of another recipe: was recipe.json edited?") from error
+    if processes != WORLD_SIZE and RANK == 0:
+        print(f"{processes} processes began, {WORLD_SIZE} go on: the data will be other ones.")
     return step
 
 
@@ -295,6 +313,10 @@ def join_group(device):
     """Meet the other processes, if any; returns this one's device."""
     if WORLD_SIZE == 1:
         return device
+    if device == "cuda":
+        torch.cuda.set_device(
+            int(os.environ["LOCAL_RANK"])
+        )  # else each opens a context on the first
     backend = "nccl" if device.startswith("cuda") else "gloo"
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
@@ -323,6 +345,8 @@ def recipe_of(args):
         return Recipe(**given)
     folder, base = Path(args.model), None
     if folder.is_dir():
+        if "revision" in given:
+            raise ValueError(f"--revision is for the Hub, but {folder} is a folder: leave it out.")
         given["model"], base = str(folder.resolve()), read_recipe(folder)
     if base is None:  # no run of ours
         return replace(PAPER, **given)
@@ -332,17 +356,22 @@ def recipe_of(args):
 
 
 def begin(recipe, folder, device):
-    """A new run: its network, and a folder with config.json and tokenizer.json."""
-    if RANK == 0 and any(folder.glob("*")):
+    """A new run: its network, and its folder, by default runs/NUMBER, once all is right."""
+    if RANK == 0 and folder and any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: choose another --out, or --resume {folder}.")
     tokenizer = compact_tokenizer()
     if recipe.model:
         config, source = load_config(recipe.model, recipe.revision)
-        if max(recipe.tokens, recipe.late_tokens) > (most := config.max_position_embeddings):
-            raise ValueError(f"{recipe.model} knows contexts of {most} tokens: ask for no more.")
+        check_base(recipe, config)
         tokenizer = load_tokenizer(source)
         recipe = replace(recipe, revision="" if Path(recipe.model).is_dir() else source.name)
-    encoder = Encoder(tokenizer)
+    vocab_size = config.vocab_size if recipe.model else tokenizer.get_vocab_size()
+    encoder = Encoder(tokenizer, vocab_size)
+    opening, step = encoder.longest()
+    if recipe.tokens < opening + 2 * step:
+        raise ValueError(
+            f"--tokens has to be at least {opening + 2 * step}, so that an action counts."
+        )
     check_context(encoder, recipe.context, recipe.max_steps)
     test_lakes(200, recipe.sides, recipe.min_hops)  # raise if too few
     new_worlds(recipe, max(64, recipe.lakes), 1.0, np.random.default_rng(0))
@@ -351,14 +380,27 @@ def begin(recipe, folder, device):
         network = QNetwork(llama, encoder.action_tokens, IA3(llama.config).to(device))
     else:
         network = new_network(recipe, encoder).to(device)
+    folder = claim(folder) if RANK == 0 else Path("runs")  # which only the first one uses
     run = Run(folder, recipe, network, encoder)
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "tokenizer.json") as path:
             tokenizer.save(str(path))
         save_network(run)  # a run stopped at once can be resumed too
-        save(folder / "config.json", network.llama.config.to_dict() | {"icrl": asdict(recipe)})
+        if not recipe.model:
+            save(folder / "config.json", network.llama.config.to_dict())
+        save(folder / "recipe.json", asdict(recipe))
     return run
+
+
+def claim(folder):
+    """Make the folder, or the first of runs/1, runs/2 ... that nobody else has made."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in count(1):
+        with suppress(FileExistsError):
+            (folder := Path(f"runs/{number}")).mkdir(parents=True)
+            return folder
 
 
 def main(arguments=None):
@@ -378,11 +420,19 @@ def main(arguments=None):
     if min(args.look_every, args.trials) < 1:
         raise ValueError("--look-every and --trials have to be at least 1.")
     recipe, here = recipe_of(args), join_group(args.device)
+    if args.compile:
+        try:
+            torch.compile(torch.neg)(torch.ones(8, device=here))
+        except RuntimeError as error:
+            raise ValueError(
+                f"--compile does not work here: {str(error).splitlines()[0]}"
+            ) from error
     if args.resume:
         run = load_run(args.resume, here)
+        for leftover in args.resume.glob("tmp.*"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
     else:
-        number = next(n for n in count(1) if not Path(f"runs/{n}").exists())
-        run = begin(recipe, args.out or Path(f"runs/{number}"), here)
+        run = begin(recipe, args.out, here)
     folder, size = run.folder, sum(p.numel() for p in run.network.trained().values())
     if RANK == 0:
         print(f"{folder}: {size:,} parameters learn. Ctrl-C stops, --resume {folder} goes on.")
