@@ -35,7 +35,8 @@ from frozen_lake import ACTIONS, FrozenLake, random_lakes
 from llama import Llama, LlamaConfig, load_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ENCODER = icrl.Encoder(icrl.compact_tokenizer())
+ROWS = [107] * hasattr(icrl, "TEMPLATES")  # d606332's has no such argument
+ENCODER = icrl.Encoder(icrl.compact_tokenizer(), *ROWS)
 SHAPES = {  # config, slices, tokens, type
     "embedded": (LlamaConfig(107, 64, 192, 4, 2, 2, 32), 4, 512, torch.float32),
     "words": (LlamaConfig(128_256, 512, 1536, 4, 8, 8, 64), 2, 1024, torch.float32),

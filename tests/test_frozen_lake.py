@@ -150,9 +150,13 @@ def test_sizes_and_letters_are_as_frequent_as_the_rules_make_them():
 
 
 def test_a_tenth_of_all_lakes_is_set_aside():
-    """By the map alone, the same in every process; and whoever draws lakes says of which kind."""
+    """By the map alone, the same in every process, and the paper's notebook's; whoever draws lakes
+    says of which kind."""
     aside = [i for i in range(4000) if any_lake(i, 4, 4).is_test]
     assert (len(aside), aside[:5]) == (pytest.approx(400, abs=76), [5, 8, 40, 66, 70])  # four sd
+    notebook = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")
+    assert Lake(notebook) == world.NOTEBOOK_LAKE
+    assert [Lake((*notebook[:5], last)).is_test for last in ("HFGF", "FFGF")] == [True, False]
     with pytest.raises(TypeError, match="test"):
         random_lakes(1, rng())
 

@@ -18,6 +18,7 @@ import llama
 from llama import LlamaConfig, load_config, load_llama, load_tokenizer
 
 WORDS = {f"w{i}": i for i in range(64)}
+WANTED = r"(config|tokenizer)\.json|.*\.safetensors(\.index\.json)?"
 
 
 class Handler(BaseHTTPRequestHandler):  # the Hugging Face Hub, which has only tiny/llama
@@ -118,7 +119,7 @@ def test_a_repository_loads_by_its_id(kind, other, hub, made):
     config, folder = load_config("tiny/llama", commit)
     assert (config.hidden_size, folder.name) == (16, commit)
     assert load_tokenizer(folder).get_vocab() == WORDS
-    wanted = [f for f in made[kind][0] if re.fullmatch("(config|tokenizer).json|.*safetensors", f)]
+    wanted = [f for f in made[kind][0] if re.fullmatch(WANTED, f)]
     assert sorted(hub.gets) == [(commit, file) for file in sorted(wanted)]
 
 
@@ -155,7 +156,7 @@ def test_what_cannot_be_had_is_named(token, hub, made):
     assert_loads(made["single"][1])
     refused("tiny/llama .*Revision ?Not ?Found", revision="v9.9")
     refused("tiny/nothing .*Repository ?Not ?Found", "tiny/nothing")
-    refused("/no/such/folder .*'namespace/repo_name'", "/no/such/folder")
+    refused("no-.-thing .*HFValidationError", "no-/-thing")
 
 
 def test_a_shard_cut_short_is_not_taken_for_whole(hub, made):
@@ -179,6 +180,21 @@ def test_a_damaged_file_of_the_cache_is_named(hub, made):
     assert_loads(made["single"][1])
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_the_weights_are_one_file_or_else_those_of_the_index(single, hub, made):
+    """Be they in a folder, and each once; whatever other weights there are stay where they are."""
+    files, weights = made["sharded"]
+    moved = {f.replace("model-", "parts/part-"): content for f, content in files.items()}
+    index = "model.safetensors.index.json"
+    moved[index] = files[index].replace(b"model-", b"parts/part-")
+    others = dict.fromkeys(["model_old.safetensors", "model-00009.safetensors"], b"no weights")
+    one = {"model.safetensors": made["single"][0]["model.safetensors"]} if single else {}
+    push(hub, moved | others | one)
+    assert_loads(made["single"][1] if single else weights)
+    fetched = sorted(name for _, name in hub.gets if "safetensors" in name and name != index)
+    assert fetched == sorted(one or (name for name in moved if "part-" in name))
+
+
 def test_pickles_are_never_fetched_nor_weights_that_the_config_rules_out(hub, made):
     files, _ = made["single"]
     push(hub, {name: content for name, content in files.items() if "safetensors" not in name})
@@ -197,4 +213,4 @@ def test_the_program_downloads_and_then_needs_no_network(hub, made, tmp_path, mo
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         command = [sys.executable, llama.__file__, "tiny/llama", "w3"]
         assert re.fullmatch(r"w3( w\d+){40}\n", subprocess.check_output(command, text=True))
-    assert len(hub.gets) == 5
+    assert len(hub.gets) == 6

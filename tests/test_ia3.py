@@ -29,7 +29,14 @@ def random_twins() -> tuple[transformers.LlamaForCausalLM, Llama, IA3]:
 
 
 def save(folder: Path, llama: Llama, adapter: IA3):
-    save_network(Run(folder, Recipe(model="the/base"), QNetwork(llama, [], adapter), None))
+    save_network(
+        Run(
+            folder,
+            Recipe(model="the/base", revision="of this commit"),
+            QNetwork(llama, [], adapter),
+            None,
+        )
+    )
 
 
 def test_llama_3_1_8b_has_524288_parameters(capsys):
@@ -52,7 +59,8 @@ def test_files_logits_and_gradients_are_those_of_peft(tmp_path):
     theirs, ours, adapter = random_twins()
     save(tmp_path, ours, adapter)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
-    assert theirs.peft_config["default"].base_model_name_or_path == "the/base"
+    found = theirs.peft_config["default"]
+    assert (found.base_model_name_or_path, found.revision) == ("the/base", "of this commit")
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     loaded = IA3(ours.config)
     loaded.from_peft(load_tensors(tmp_path / "theirs" / ADAPTER))

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import icrl
 from frozen_lake import ACTIONS, Episode, FrozenLake, Lake, RandomPlayer, random_lakes, roll_out
 from ia3 import IA3
-from icrl import Encoder, Recipe, Run, encode_slice
+from icrl import TEMPLATES, Encoder, Recipe, Run, encode_slice
 from llama import Llama, LlamaConfig
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -42,9 +42,14 @@ def make_tokenizer(markers: str, actions=ACTIONS, prefix=False) -> Tokenizer:
     return tokenizer
 
 
-COMPACT = Encoder(icrl.compact_tokenizer())
-ENCODERS = {n: Encoder(make_tokenizer(m, prefix=n == "Llama 2")) for n, m in MARKERS.items()}
-ENCODERS["several tokens an action"] = Encoder(make_tokenizer(MARKERS["Llama 3"], actions=()))
+def encoder_of(tokenizer: Tokenizer) -> Encoder:
+    """For a network of as many rows as the vocabulary has."""
+    return Encoder(tokenizer, tokenizer.get_vocab_size())
+
+
+COMPACT = encoder_of(icrl.compact_tokenizer())
+ENCODERS = {n: encoder_of(make_tokenizer(m, prefix=n == "Llama 2")) for n, m in MARKERS.items()}
+ENCODERS["several tokens an action"] = encoder_of(make_tokenizer(MARKERS["Llama 3"], actions=()))
 every_encoder = pytest.mark.parametrize("encoder", [COMPACT, *ENCODERS.values()])
 with_and_without = pytest.mark.parametrize("adapter", [False, True], ids=["every weight", "IA3"])
 
@@ -99,7 +104,7 @@ def test_the_templates_are_the_notebooks_text_in_the_markers_of_the_vocabulary()
         assert [text_of(ENCODERS[name], e) for e in (won, cut)] == texts
     texts = ("2 down 6 right 7 1.0 <|end_of_text|> ", "2 down 6 right 7 ... <|end_of_text|> ")
     assert text_of(COMPACT, won, cut) == "".join(texts)
-    both = Encoder(make_tokenizer(MARKERS["ChatML"] + MARKERS["Llama 3"]))
+    both = encoder_of(make_tokenizer(MARKERS["ChatML"] + MARKERS["Llama 3"]))
     assert text_of(both, won) == text_of(ENCODERS["Llama 3"], won)
 
 
@@ -109,7 +114,30 @@ def test_a_tokenizer_that_fits_no_template_is_refused():
     alike = make_tokenizer("<s> </s>", actions=(), prefix=True)  # they begin with a space
     for message, tokenizer in (("none of", bare), ("joins", joining), ("begin with", alike)):
         with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
-            Encoder(tokenizer)
+            encoder_of(tokenizer)
+
+
+def test_a_template_that_does_not_fit_gives_way_to_the_next():
+    """Llama 2 with a marker of ChatML; markers beyond the embedding's rows; in the end refused."""
+    llama2, both = (
+        make_tokenizer(MARKERS["Llama 2"], prefix=True),
+        make_tokenizer(MARKERS["ChatML"]),
+    )
+    llama2.add_special_tokens(["<|im_end|>"])
+    assert encoder_of(llama2).template == TEMPLATES["</s>"]
+    rows = both.get_vocab_size()
+    both.add_special_tokens(MARKERS["Llama 3"].split())
+    assert encoder_of(both).template == TEMPLATES["<|eot_id|>"]
+    assert Encoder(both, rows).template == TEMPLATES["<|im_end|>"]
+    with pytest.raises(ValueError, match=rf"^[^\n]+ {rows - 1}\D[^\n]*$"):
+        Encoder(both, rows - 1)
+
+
+@pytest.mark.parametrize("reward", [-1.0, 0.5, 2.0, float("nan")])
+def test_a_reward_that_cannot_be_read_is_not_written(reward):
+    """There is no word for any but 0 and 1: the network would not see it."""
+    with pytest.raises(ValueError, match="reward"):
+        COMPACT.write(episode([0, 1], [2], paid=reward))
 
 
 @every_encoder
@@ -275,6 +303,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         outcome = pytest.raises(ZeroDivisionError) if fails else nullcontext()
         with outcome, icrl.replacing(path) as temporary:
             temporary.write_text(content)
+            assert str(os.getpid()) in temporary.name  # two processes do not share it
             1 / (1 - fails)
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.csv", left)]
 
@@ -285,13 +314,13 @@ WRONG |= {"max_side": [[5], "5", 1], "model": [None], "learning_rate": [-1, floa
 
 @pytest.mark.parametrize(("name", "value"), [(n, value) for n in WRONG for value in WRONG[n]])
 def test_a_wrong_setting_is_refused_in_one_sentence(name, value, tmp_path):
-    """Its flag is named, for a run's config.json too; so is a missing or unknown key refused."""
+    """Its flag is named, for a run's recipe.json too; so is a missing or unknown key refused."""
     with pytest.raises(ValueError, match=rf"^--{name.replace('_', '-')} has [^\n]*$") as error:
         Recipe(**{name: value})
     recipe, other = asdict(Recipe()) | {name: value}, "made by another version"
     for settings, message in ((recipe, error.value), (recipe | {"x": 3}, other), ({"x": 3}, other)):
-        (tmp_path / "config.json").write_text(json.dumps({"icrl": settings}))
-        sentence = rf"config.json[^\n]* {re.escape(str(message))}[^\n]*$"
+        (tmp_path / "recipe.json").write_text(json.dumps(settings))
+        sentence = rf"recipe.json[^\n]* {re.escape(str(message))}[^\n]*$"
         with pytest.raises(ValueError, match=sentence):
             icrl.load_run(tmp_path)
 

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +35,9 @@ EARLY = LLAMA3 | {"original_max_position_embeddings": 32}  # so that most of TOK
 OTHER = LLAMA3 | {"original_max_position_embeddings": 1024, "factor": 32.0, "high_freq_factor": 2.0}
 OFFICIAL = dict(zip(NAMES, (128_256, 4096, 14_336, 32, 32, 8, 1e-5, 500_000.0)))
 OFFICIAL |= {"model_type": "llama", "max_position_embeddings": 131_072, "rope_scaling": LLAMA3}
-SPELLINGS = [{}, {"rope_scaling": OLD}, {"rope_scaling": OLD | LLAMA3}, {"rope_parameters": OLD}]
-SPELLINGS += [{"rope_parameters": LLAMA3 | {"rope_theta": 500_000.0}, "rope_theta": None}]
+SPELLINGS = [{}, {"rope_scaling": OLD}, {"rope_scaling": OLD | LLAMA3}]
+SPELLINGS += [{"rope_scaling": None, "rope_parameters": OLD}]  # transformers 5
+SPELLINGS += [SPELLINGS[-1] | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_theta": None}]
 SHAPES = {  # what distinguishes checkpoints
     "Llama 1": {"num_key_value_heads": 4, "rope_theta": 10_000.0},
     "Llama 3.1": {"rope_scaling": EARLY},
@@ -44,6 +47,9 @@ SHAPES = {  # what distinguishes checkpoints
 TOKENS = torch.randint(97, (3, 60), generator=torch.Generator().manual_seed(1))
 SHARD = "model-00001-of-00003.safetensors"
 CUTS = [(n, k) for n in ("config.json", "tokenizer.json", SHARD) for k in (None, 0, 50, -2)]
+TINY, TEXT = LlamaConfig(32, 16, 24, 1, 2, 2, 8), torch.arange(20)[None]
+WEIGHTS = Llama(TINY).state_dict()
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 CHUNK = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
 torch.manual_seed(0)
 LLAMA = Llama(LlamaConfig(97, 32, 48, 2, 4, 2, 8, 1e-3, 5e5, EARLY)).requires_grad_(False)
@@ -60,6 +66,18 @@ def save_random(folder: Path, dtype=torch.float32, **changes):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     size = sum(parameter.nbytes for parameter in theirs.parameters())
     theirs.save_pretrained(folder, max_shard_size="1GB" if dtype == torch.bfloat16 else size // 2)
+
+
+def save_files(folder: Path, files: dict, index: dict | None = None, **settings) -> Path:
+    """A folder of these files, {name: tensors}, perhaps with an index of them, {tensor: name}."""
+    for name, tensors in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"{name}.safetensors")
+    if index:
+        names = {tensor: f"{name}.safetensors" for tensor, name in index.items()}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "config.json").write_text(json.dumps(TINY.to_dict() | settings))
+    return folder
 
 
 def refused(words: str, call, *arguments):
@@ -199,6 +217,99 @@ def checkpoint(tmp_path) -> Path:
     return tmp_path
 
 
+WAYS = [(["model"], True), (["x-1", "parts/2"], True), (["model-1", "model_2"], False)]
+
+
+@pytest.mark.parametrize(("names", "has_index"), WAYS)
+def test_weights_are_one_file_or_what_the_index_names_or_else_all(names, has_index, tmp_path):
+    """No stray file is read. Refused by name: a tensor in two files, a file that is not there."""
+    index = {tensor: names[i % len(names)] for i, tensor in enumerate(WEIGHTS)}
+    files = {name: {t: WEIGHTS[t] for t in index if index[t] == name} for name in names}
+    stray = {"model_old": {t: 0 * weight for t, weight in WEIGHTS.items()}} if has_index else {}
+    index = dict.fromkeys(WEIGHTS, "model_old") if names == ["model"] else index
+    folder = save_files(tmp_path, files | stray, index if has_index else None)
+    loaded = load_llama(folder).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in WEIGHTS.items())
+    save_file({NORM: WEIGHTS[NORM]}, folder / f"{names[0]}.safetensors")
+    if not has_index:
+        refused = re.escape(NORM)
+        save_file(WEIGHTS, folder / f"{names[1]}.safetensors")
+    elif names[1:]:
+        (folder / f"{(refused := names[1])}.safetensors").unlink()
+    else:
+        refused = "not whole"
+    with pytest.raises(ValueError, match=refused):
+        load_llama(folder)
+
+
+@pytest.mark.parametrize(("left_out", "factor"), [(EMBEDDING, 1), (HEAD, 1), ("", 1), ("", 2)])
+def test_a_tied_checkpoint_has_either_matrix_or_the_same_twice(left_out, factor, tmp_path):
+    """As transformers reads it. Two that differ it does not tie, other programs do: refused."""
+    tensors = WEIGHTS | {EMBEDDING: factor * WEIGHTS[HEAD]}
+    tensors.pop(left_out, None)
+    folder = save_files(tmp_path, {"model": tensors}, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="embeddings") if factor > 1 else nullcontext():
+        ours, theirs = load_llama(folder), transformers.LlamaForCausalLM.from_pretrained(folder)
+        for found in (ours.unembedding, ours(TEXT), theirs.get_output_embeddings().weight):
+            expected = theirs.model(TEXT).last_hidden_state if found.ndim > 2 else WEIGHTS[HEAD]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 5e5}])
+def test_of_two_rope_dictionaries_that_of_transformers_counts(theta):
+    """llama3 beside the default: the frequencies are transformers'."""
+    both = {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"} | theta}
+    ours = LlamaConfig.from_dict(copy.deepcopy(TINY.to_dict() | both))
+    theirs = transformers.LlamaConfig(**copy.deepcopy(TINY.to_dict() | both))
+    assert ours.rope_scaling["rope_type"] == theirs.rope_parameters["rope_type"] == "llama3"
+    torch.testing.assert_close(rope_frequencies(ours), LlamaRotaryEmbedding(theirs).inv_freq)
+
+
+@pytest.mark.parametrize("key", ["", "dtype", "torch_dtype"])
+def test_a_network_is_of_one_type(key, tmp_path):
+    """The one that its config.json names, or else its embedding's; float32 if that is asked for."""
+    tensors = {n: w.bfloat16() if w.ndim == 2 else w + 1e-3 for n, w in WEIGHTS.items()}
+    folder = save_files(tmp_path, {"model": tensors}, **({key: "float16"} if key else {}))
+    for asked, dtype in ((None, torch.float16 if key else torch.bfloat16), (torch.float32,) * 2):
+        for name, weight in load_llama(folder, asked).state_dict().items():
+            assert weight.dtype == dtype
+            assert torch.equal(weight, tensors[name].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_integers_and_fp8_are_no_weights(dtype, asked, tmp_path):
+    """They would need scales: the tensor is named."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    files = {"model": WEIGHTS | {name: WEIGHTS[name].to(dtype)}}
+    with pytest.raises(ValueError, match=re.escape(name)):
+        load_llama(save_files(tmp_path, files), asked)
+
+
+RAM, LIMIT = 1024 * int(re.search(r"MemTotal: *(\d+)", Path("/proc/meminfo").read_text())[1]), 2**31
+V1, V2 = "memory/memory.limit_in_bytes", "memory.max"  # of the two versions of cgroups
+CGROUPS = [(V2, f"{LIMIT}\n", LIMIT), (V2, "max\n", RAM), (V1, f"{LIMIT}\n", LIMIT)]
+CGROUPS += [(V1, "9223372036854771712\n", RAM), (None, "", RAM)]
+
+
+@pytest.mark.parametrize(("file", "content", "total"), CGROUPS)
+def test_half_of_the_memory_is_that_of_the_container(file, content, total, tmp_path, monkeypatch):
+    """Where that is less than the machine's; all other files of the kind are hidden here."""
+    (tmp_path / "limit").write_text(content)
+
+    def opened(path, *arguments, original=open, **how):
+        if str(path).startswith("/sys/fs/cgroup"):
+            path = tmp_path / ("limit" if str(path) == f"/sys/fs/cgroup/{file}" else "nothing")
+        return original(path, *arguments, **how)
+
+    llama = Llama(TINY)
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr("io.open", opened)
+    assert llama.free_bytes == pytest.approx(total / 2, rel=0.01)
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    assert llama.free_bytes > 0
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -208,6 +319,10 @@ def checkpoint(tmp_path) -> Path:
         ("quantization_config", {"bits": 4}, "quantization_config"),
         ("rope_parameters", {"type": "yarn", "factor": 4.0}, "RoPE.*yarn"),
         ("rope_parameters", {"rope_type": "llama3", "factor": 4.0}, "RoPE.*llama3"),
+        ("rope_parameters", LLAMA3 | {"type": "linear"}, "RoPE.*linear"),
+        ("rope_scaling", LLAMA3 | {"type": "linear"}, "RoPE.*linear"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("head_dim", 7, "head_dim"),
         ("num_key_value_heads", 3, "heads"),
         ("num_key_value_heads", -2, r"config\.json"),
@@ -229,8 +344,7 @@ def test_missing_and_truncated_files_are_named(name, kept, checkpoint):
     (checkpoint / name).unlink()
     if kept is not None:
         (checkpoint / name).write_bytes(content[:kept])
-    words = "is not whole" if (name, kept) == (SHARD, None) else name
-    refused(words, load_tokenizer if name == "tokenizer.json" else load_llama, checkpoint)
+    refused(name, load_tokenizer if name == "tokenizer.json" else load_llama, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +358,9 @@ def test_missing_and_truncated_files_are_named(name, kept, checkpoint):
 def test_weights_that_do_not_fit_the_config_are_refused(name, shape, words, checkpoint):
     """A missing, an extra or a misshapen tensor is named, with its shape and the config's."""
     for path in checkpoint.glob("*.safetensors"):
-        save_file({key: value for key, value in load_file(path).items() if key != name}, path)
-    save_file({name: torch.zeros(shape)} if shape else {}, checkpoint / "model-4.safetensors")
+        tensors = {key: value for key, value in load_file(path).items() if key != name}
+        added = {name: torch.zeros(shape)} if shape and path.name == SHARD else {}
+        save_file(tensors | added, path)
     refused(words, load_llama, checkpoint)
 
 
@@ -255,7 +370,8 @@ def test_the_program_completes_as_transformers_generates(checkpoint, monkeypatch
     prompt = torch.tensor([[5, 80, 13]])
     (tokens,) = hf.generate(prompt, max_new_tokens=40, do_sample=False).tolist()
     assert (len(tokens), len(set(tokens)) > 10) == (43, True)
-    save_file({"model.rope.inv_freq": torch.ones(4)}, checkpoint / "model-0.safetensors")  # old
+    old = load_file(checkpoint / SHARD) | {"model.rope.inv_freq": torch.ones(4)}
+    save_file(old, checkpoint / SHARD)
     monkeypatch.setattr(sys, "argv", ["llama.py", str(checkpoint), "w5 w80 w13"])
     runpy.run_path(str(ROOT / "llama.py"), run_name="__main__")
     assert capsys.readouterr().out == " ".join(f"w{token}" for token in tokens) + "\n"

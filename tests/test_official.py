@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from test_icrl import ENVIRONMENT, MARKERS, make_tokenizer
+from test_icrl import ENVIRONMENT, MARKERS, encoder_of, make_tokenizer
 
 import train
 from frozen_lake import FrozenLake, RandomPlayer, random_lakes, roll_out
@@ -40,7 +40,7 @@ def save_checkpoint(folder, markers: str) -> Encoder:
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
     tokenizer.save(str(folder / "tokenizer.json"))
     assert len(list(folder.glob("*.safetensors"))) == 3
-    return Encoder(tokenizer)
+    return encoder_of(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,8 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
     theirs = peft.get_peft_model(theirs, peft.IA3Config(**PEFT), adapter_name="theta")
     theirs.add_adapter("phi", peft.IA3Config(**PEFT))
-    random, state, q, vectors = torch.Generator().manual_seed(1), {"step": torch.tensor(0)}, {}, {}
+    random, q, vectors = torch.Generator().manual_seed(1), {}, {}
+    state = {"step": torch.tensor(0), "processes": torch.tensor(1)}
     for name, network in (("phi", "delayed"), ("theta", "online")):
         theirs.set_adapter(name)
         vectors = {n.replace(f".{name}", ""): p for n, p in theirs.named_parameters() if name in n}
@@ -157,7 +158,7 @@ SHARD = "model-00002-of-00003.safetensors"
 BAD = [  # a file of the base, how many of its bytes are left, the flags, the sentence
     ("config.json", 9, "--model BASE", "config.json cannot be used"),
     ("tokenizer.json", 0, "--model BASE", "tokenizer.json cannot be used"),
-    (SHARD, 0, "--model BASE", "is not whole"),
+    (SHARD, 0, "--model BASE", f"{SHARD} does not exist"),
     (SHARD, 9999, "--model BASE", f"{SHARD} cannot be used"),
     (SHARD, None, "--model BASE --tokens 4097", "contexts of 4096 tokens"),
     (SHARD, None, "--model BASE --dtype int8", "--dtype has to be one of"),

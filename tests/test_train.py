@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from frozen_lake import DIRECTIONS, Episode, random_lakes, roll_out, worlds
+from frozen_lake import DIRECTIONS, NOTEBOOK_LAKE, Episode, random_lakes, roll_out, worlds
 from icrl import encode_slice, load_run, td_loss, td_targets
 
 ROOT = Path(train.__file__).parent
@@ -28,6 +28,7 @@ SMALL = """--layers 1 --width 16 --heads 2 --lakes 24 --episodes 40 --tokens 64 
     --batch 4 --steps 30 --collection-steps 5 --late-from 0.4 --own 0.5 --windows 0.5 --max-side 4
     --min-hops 3 --hard 0.2 --shuffled 0.3 --slippery 0.2 --late-tokens 128
     --look-every 100 --trials 3""".split()
+ADAPTER = "adapter_model.safetensors"
 PLAYERS = "transformer in context;systematic explorer;tabular Q-learning;uniform random".split(";")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 torch.set_num_threads(1)  # runs are equal to the last bit on one CPU set-up only
@@ -59,9 +60,9 @@ def rows_of(path: Path) -> np.ndarray:
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    """Seven files, none half-written; a log row a step; a curve with intervals around means."""
-    names = "config.json tokenizer.json model.safetensors state.safetensors log.csv curve.csv"
-    assert contents(finished).keys() == {*names.split(), "curve.png"}
+    """Eight files, none half-written; a log row a step; a curve with intervals around means."""
+    names = "recipe.json config.json tokenizer.json model.safetensors state.safetensors"
+    assert contents(finished).keys() == {*names.split(), "log.csv", "curve.csv", "curve.png"}
     log, curve = rows_of(finished / "log.csv"), rows_of(finished / "curve.csv")
     assert ",".join(log[0]) == "step,loss,mean_q,mean_target,learning_rate,gradient_norm"
     assert log[1:, 0].tolist() == [*map(str, range(1, 31))]
@@ -107,8 +108,9 @@ def test_ia3_trains_the_vectors_alone_and_evaluation_replays_runs(finished, tmp_
     """No weight and no file of the base changes, no vector stays ones; curves come out again."""
     before, folder = contents(finished), tmp_path / "adapted"
     go(train, "--model", finished, "--steps", 12, "--trials", 3, "--out", folder)
-    names = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"}
-    assert contents(folder).keys() ^ before.keys() == names
+    base, adapter = {"config.json", "model.safetensors"}, {"adapter_config.json", ADAPTER}
+    assert before.keys() - contents(folder).keys() == base
+    assert contents(folder).keys() - before.keys() == adapter
     run, base = load_run(folder), load_run(finished)
     assert base.recipe.easy_until > run.recipe.easy_until == 0  # a base needs no easy lakes
     base = base.network.llama.state_dict()
@@ -201,13 +203,17 @@ def test_compiled_the_log_is_the_same_but_for_rounding(tmp_path):
     np.testing.assert_allclose(*(log.astype(float) for log in logs), rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_average_their_gradients(tmp_path, monkeypatch):
-    """torchrun: the first one writes, the weights of a loop by hand over the shares of both."""
+def test_two_processes_average_their_gradients(tmp_path, monkeypatch, capsys):
+    """torchrun: the first one writes, the weights of a loop by hand over the shares of both.
+    One that goes on alone, on other data than both would, says so in a line."""
     settings = [*SMALL, *"--own 0 --muon-rate 0 --steps 10 --warm-up 4 --look-every 5".split()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     output = python(*torchrun, ROOT / "train.py", *settings, "--out", tmp_path / "run")
     assert len(re.findall(r"^step 5: mean return .*: [▁▂▃▄▅▆▇█]{30}$", output, re.M)) == 1
     assert all(output.count(f"\n{player} ") == 1 for player in PLAYERS)
+    go(train, "--resume", tmp_path / "run", "--trials", 1)
+    assert len(re.findall(r"^.*\b2 processes.*$", "\n".join(capsys.readouterr()), re.M)) == 1
+    go(train, "--resume", tmp_path / "run", "--trials", 1)
     run, shares = load_run(tmp_path / "run"), []
     online, delayed = (train.new_network(run.recipe, run.encoder) for _ in range(2))
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
@@ -298,7 +304,7 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment):
         assert not {won[0]} & set(lost) | {lost[0]} & set(won)
         assert not {*lake.tiles[won[:-1] + lost[:-1]]} & {"H", "G"}
         notebooks = ([2, 6, 10, 14, 18, 22], [8, 9, 10, 11])
-        assert lake != evaluation.NOTEBOOK_LAKE or (won, lost) == notebooks
+        assert lake != NOTEBOOK_LAKE or (won, lost) == notebooks
 
 
 def test_watch_shows_a_trial(finished, monkeypatch, capsys):
@@ -377,7 +383,7 @@ BAD = """eval.py TMP/nothing; eval.py RUN unseen larger; eval.py RUN RUN changin
     train.py NEW --look-every 0; train.py NEW --trials 0; train.py NEW --steps many;
     train.py NEW --learning-rate 1e30 --warm-up 1 --collection-steps 1"""
 FAULTY = ['"tokens": "many"', '"dtype": "system"', '"max_side": [3]', '"held_out": 1']
-CUT = ["config.json", "tokenizer.json", "model.safetensors", "state.safetensors"]
+CUT = ["recipe.json", "config.json", "tokenizer.json", "model.safetensors", "state.safetensors"]
 CASES = [(command, None) for command in re.split(r";\s+", BAD)]
 CASES += [("train.py --resume RUN", damage) for damage in FAULTY + CUT]
 
@@ -388,8 +394,8 @@ def test_bad_input(finished, tmp_path, capsys, monkeypatch, command, damage):
     (tmp_path / "file").touch()
     run, new = shutil.copytree(finished, tmp_path / "run"), tmp_path / "new"
     if damage in FAULTY:
-        config = (run / "config.json").read_text()
-        (run / "config.json").write_text(config.replace('"seed": 0', f'"seed": 0, {damage}'))
+        recipe = (run / "recipe.json").read_text()
+        (run / "recipe.json").write_text(recipe.replace('"seed": 0', f'"seed": 0, {damage}'))
     elif damage:
         (run / damage).write_bytes((run / damage).read_bytes()[:-100])
     before, small = contents(run), f"{' '.join(SMALL)} --out {new}"
