@@ -1,21 +1,20 @@
-"""Look at what was learned: play lakes that no training saw.
+"""Play lakes that no training has seen, and look at what was learned.
 
-    python eval.py [RUN] [EXPERIMENT]    RUN: by default the shipped one
-    python eval.py RUN RUN ... [compare] [EXPERIMENT]    figures 3 and 6: several runs side by side
-    python eval.py [RUN] --watch         one trial, step by step, with its Q-values
+    python eval.py [EXPERIMENT] [RUN ...]    by default `unseen`, by the pretrained network
+    python eval.py shuffled runs/1 runs/2    several runs in one picture
 
+Experiments on 200 lakes, played greedily and with the exploration schedule:
     unseen       figure 3: the return rises from episode to episode
-    stitching    figure 5: two given paths cross, one of which wins
-    changing     figure 7: each lake is another one from episode 30 on
-    beliefs      figure 1, and the best action on each tile; --gif: a film
-
-A single run plays these twice, the second time with nothing forced:
-    exploration  section 4.6: the lakes of `unseen` (several runs: nothing forced)
-    larger       figure 4: lakes of 6-7 tiles a side
-    harder       5 x 5 tiles, goals 7 hops away or more
-    shuffled     tile numbers and action words that mean something else on each lake
-    graphs       no grid: any action leads anywhere
+    larger       figure 4: lakes of 6 to 7 tiles a side
+    changing     figure 7: every lake is replaced by another one after episode 29
+    far_goals    5 x 5 tiles, goals 7 or more steps away
+    shuffled     tile ids and action words that mean something else on every lake
+    graphs       no grid: an action may lead to any tile
     slippery     a step may go to either side
+Others:
+    stitching    figure 5: two given paths cross, and one of them leads to a goal
+    policy_map   figure 1, and the best action on every tile; --gif: as a film
+    watch        one trial, step by step, with its Q-values
 """
 
 import argparse
@@ -27,148 +26,197 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from frozen_lake import ACTIONS, DIRECTIONS, NOTEBOOK_LAKE, Episode, Explorer, Planner, RandomPlayer
-from frozen_lake import TabularQ, draw, hops, random_graphs, random_lakes, roll_out, worlds
-from icrl import SHIPPED, InContext, load_run, model_probability, play, replacing
-from llama import DEVICE, device, exit_in_one_sentence
+from frozen_lake import ACTIONS, DIRECTIONS, NOTEBOOK_LAKE, Episode, Explorer, RandomAgent, TabularQ
+from frozen_lake import ValueIteration, distance_to_goal, draw, make_env, random_graphs
+from frozen_lake import random_lakes, rollout
+from icrl import PRETRAINED, InContext, always_greedy, atomic_write, greedy_probability, load_run
+from icrl import play
+from llama import DEVICE, device_argument, user_errors
 
-os.environ["MPLBACKEND"] = "agg"  # no window; and a notebook's may be missing here
-TEST_SEED = 2501_14176
-REFERENCES = {
-    "systematic explorer": Explorer,
-    "tabular Q-learning": lambda env, rng: TabularQ(env, rng, model_probability),
-    "uniform random": RandomPlayer,
+TITLES = {
+    "unseen": "unseen lakes",
+    "larger": "unseen lakes of 6 to 7 tiles a side",
+    "changing": "unseen lakes that are replaced after episode 29",
+    "far_goals": "unseen lakes of 5 x 5 tiles, goals 7 or more steps away",
+    "shuffled": "unseen lakes, tile ids and actions shuffled",
+    "graphs": "graphs, on which an action may lead to any tile",
+    "slippery": "unseen lakes with slippery ice",
+    "stitching": "unseen lakes with two given episodes whose paths cross",
+    "policy_map": "",
+    "watch": "",
 }
-TRANSFORMER, UNFORCED = "transformer in context", "transformer, nothing forced"
-BEST = "best possible"
-OKABE_ITO = "#0072B2 #CC79A7 #009E73 #E69F00 #7F7F7F #56B4E9".split()
-COLOURS = dict(zip((TRANSFORMER, UNFORCED, *REFERENCES, BEST), OKABE_ITO))
-ON_LAKES = "unseen larger harder shuffled graphs slippery exploration".split()
-ALWAYS = np.ones_like  # the network chooses with probability 1
+SCHEDULES = {"greedy": always_greedy, "with the exploration schedule": greedy_probability}
+BASELINES = {
+    "systematic explorer": Explorer,
+    "tabular Q-learning": lambda env, rng: TabularQ(env, rng, greedy_probability),
+    "uniform random": RandomAgent,
+}
+TEST_SEED = 2501_14176  # the paper's number on arXiv
+BLOCK = 5  # episodes in a column of the table
+os.environ["MPLBACKEND"] = "agg"  # draw into files, also where a notebook has set another backend
 
 
-def test_lakes(count, sides, min_hops):
-    """The first `count` test lakes of a distribution, always the same."""
-    if count < 1:
-        raise ValueError(f"At least one test lake has to be played, not {count}.")
-    return random_lakes(count, np.random.default_rng(TEST_SEED), sides, min_hops, test=True)
+def unseen_lakes(count, sides, goal_distance, skip=0):
+    """The first `count` test lakes of a distribution after `skip` others, always the same."""
+    if count < 1 or skip < 0:
+        raise ValueError(f"--trials {count} --skip {skip}: at least 1 lake has to be played.")
+    rng = np.random.default_rng(TEST_SEED)
+    return random_lakes(skip + count, rng, sides, goal_distance, test=True)[skip:]
 
 
-def by_references(run, seed, *stages, episodes=30, **kind):
-    """What players without a network do on the lakes of one stage after another, by name."""
-    played, best = {}, {BEST: Planner} if kind.get("slippery") else {}
-    for name, make in (REFERENCES | best).items():
+LAKES = {"larger": ((6, 7), 4), "far_goals": ((5, 5), 7)}  # sides and goal distance
+
+
+def lakes_of(experiment, recipe, trials, skip=0):
+    """The lakes of an experiment: a list of stages, each a list of one lake per trial."""
+    if experiment == "graphs":
+        return [random_graphs(skip + trials, np.random.default_rng(TEST_SEED))[skip:]]
+    sides, goal_distance = LAKES.get(experiment, (recipe.sides, recipe.goal_distance))
+    stages = 2 if experiment == "changing" else 1
+    lakes = unseen_lakes(stages * trials, sides, goal_distance, skip)
+    return [lakes[stage * trials :][:trials] for stage in range(stages)]
+
+
+def play_stages(run, stages, seed, schedule, **changes):
+    """30 episodes per stage. Nobody tells the agent of a new stage; its transcript just goes on."""
+    trials = None
+    for number, lakes in enumerate(stages):
+        more = play(run, lakes, seed, 30, 30 * number, trials, schedule, **changes)
+        trials = [before + after for before, after in zip(trials, more)] if trials else more
+    return trials
+
+
+def play_baselines(run, seed, *stages, episodes=30, **changes):
+    """What agents without a network do on the lakes of one stage after another, by name."""
+    played = {}
+    optimal = {"optimal": ValueIteration} if changes.get("slippery") else {}
+    for name, make_agent in (BASELINES | optimal).items():
         rng = np.random.default_rng(seed)
-        envs = [worlds(lakes, rng, run.recipe.max_steps, **kind) for lakes in stages]
-        player = make(max(envs, key=lambda env: env.moves.size), rng)  # its tables fit all stages
-        turns = [roll_out(env, player, episodes, first=i * episodes) for i, env in enumerate(envs)]
-        played[name] = [list(chain(*trial)) for trial in zip(*turns)]
+        envs = [make_env(lakes, rng, run.recipe.max_steps, **changes) for lakes in stages]
+        largest = max(envs, key=lambda env: env.moves.size)
+        agent = make_agent(largest, rng)  # its tables fit all stages
+        trials = []
+        for number, env in enumerate(envs):
+            trials.append(rollout(env, agent, episodes, first=number * episodes))
+        played[name] = [list(chain(*stages)) for stages in zip(*trials)]
     return played
 
 
-def returns_of(played):
-    """(trials, episodes) undiscounted returns."""
-    return np.array([[episode.total for episode in trial] for trial in played])
+def evaluate(experiment, runs, out, trials, seed=0, skip=0):
+    """Play the lakes of an experiment with every run and every baseline, and report."""
+    stages = lakes_of(experiment, runs[0].recipe, trials, skip)
+    try_folder(out)
+    changes = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
+    played = {}
+    for run in runs:
+        for name, schedule in SCHEDULES.items():
+            trials_of_run = play_stages(run, stages, seed, schedule, **changes)
+            played[f"{run.folder.name}, {name}"] = trials_of_run
+    played |= play_baselines(runs[0], seed, *stages, **changes)
+    report(out, experiment, f"{trials} {TITLES[experiment]}", played)
+
+
+# ---- tables and pictures
+def try_folder(folder):
+    """Make the folder of the results; OSError if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=folder).close()
+
+
+def returns_of(trials):
+    """(trials, episodes) returns."""
+    return np.array([[episode.episode_return for episode in trial] for trial in trials])
 
 
 def wilson(mean, trials):
-    """95 % confidence intervals (2, ...) of shares (Wilson 1927)."""
+    """95 % confidence intervals (2, ...) of fractions (Wilson 1927)."""
     z = 1.96
     centre = mean + z**2 / (2 * trials)
     half = z * np.sqrt(mean * (1 - mean) / trials + (z / (2 * trials)) ** 2)
     return np.clip(np.array([centre - half, centre + half]) / (1 + z**2 / trials), 0, 1)
 
 
-def sparkline(played):
-    """The mean returns of the episodes in one word."""
+def sparkline(trials):
+    """The mean return of each episode as a bar of text."""
     bars = "▁▂▃▄▅▆▇█"
-    return "".join(bars[min(int(8 * mean), 7)] for mean in returns_of(played).mean(0))
+    return "".join(bars[min(int(8 * mean), 7)] for mean in returns_of(trials).mean(0))
 
 
 def table(played):
-    """Mean returns, lakes on which a goal was found, and loops: last episodes that were cut off."""
-    width = len(next(iter(played.values()))[0])
-    size = 5 if width <= 30 else 10
-    blocks = range(0, width, size)
-    head = "".join(f"{f'{b}-{b + size - 1}':>7}" for b in blocks)
-    lines = [f"{'mean return in episodes':28}{f'0-{width - 1}':{width}}{head}  found  loops"]
+    """Mean returns; lakes solved at least once; timeouts among the last episodes."""
+    trials = next(iter(played.values()))
+    count = len(trials[0])
+    block = BLOCK if count <= 30 else 2 * BLOCK
+    starts = range(0, count, block)
+    head = "".join(f"{f'{start}-{start + block - 1}':>7}" for start in starts)
+    width = max(map(len, played)) + 1
+    title = f"{'mean return in episodes':{width}}{f'0-{count - 1}':{count}}"
+    lines = [f"{title}{head}  solved  timeouts"]
     for name, trials in played.items():
-        r = returns_of(trials)
-        cells = "".join(f"{r[:, b : b + size].mean():7.3f}" for b in blocks)
-        loops = np.mean([episode.truncated for trial in trials for episode in trial[-size:]])
-        cells += f"{(r.max(1) > 0).mean():7.0%}{loops:7.1%}"
-        lines.append(f"{name:27} {sparkline(trials)}{cells}")
+        returns = returns_of(trials)
+        cells = "".join(f"{returns[:, start : start + block].mean():7.3f}" for start in starts)
+        solved = (returns.max(1) > 0).mean()
+        timeouts = np.mean([episode.truncated for trial in trials for episode in trial[-block:]])
+        cells += f"{solved:8.0%}{timeouts:10.1%}"
+        lines.append(f"{name:{width}}{sparkline(trials)}{cells}")
     return "\n".join(lines)
 
 
+RUN_COLOURS = "#0072B2 #D55E00 #CC79A7 #000000 #8B4513 #6A3D9A".split()
+BASELINE_COLOURS = dict(zip((*BASELINES, "optimal"), "#009E73 #E69F00 #999999 #56B4E9".split()))
+
+
 def plot(path, title, returns):
+    """Mean returns with 95 % intervals; one colour per run, solid lines for greedy play."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for player, r in returns.items():
-        (line,) = axes.plot(r.mean(0), label=player, color=COLOURS.get(player))
-        low, high = wilson(r.mean(0), len(r))
-        axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15)
+    runs = list(dict.fromkeys(name.partition(", ")[0] for name in returns))
+    for name, values in returns.items():
+        run, _, variant = name.partition(", ")
+        colour = BASELINE_COLOURS.get(name, RUN_COLOURS[runs.index(run) % len(RUN_COLOURS)])
+        dashed = variant not in ("", "greedy")
+        mean = values.mean(0)
+        axes.plot(mean, "--" if dashed else "-", label=name, color=colour)
+        axes.fill_between(range(len(mean)), *wilson(mean, len(values)), color=colour, alpha=0.12)
     axes.set(title=title, xlabel="episode in the same context", ylabel="mean return", ylim=(0, 1))
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    save_picture(path, figure)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    save_picture(path, figure.savefig, dpi=150)
 
 
-def save_picture(path, figure):
-    with replacing(path) as new:
-        figure.savefig(new, dpi=150)
+def save_picture(path, save, **options):
+    """Let `save` write a picture. ValueError if that fails for any reason."""
+    try:
+        with atomic_write(path) as temporary:
+            save(temporary, **options)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be drawn: {error!r}") from error
     print(f"Written: {path}")
 
 
 def report(folder, experiment, title, played):
-    """Print the table; write curve.csv and, with matplotlib, curve.png."""
+    """Write curve.csv, print the table, and draw curve.png if matplotlib is installed."""
     returns = {name: returns_of(trials) for name, trials in played.items()}
-    with replacing(folder / "curve.csv") as path, open(path, "w", newline="") as file:
+    with atomic_write(folder / "curve.csv") as path, open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow("experiment player episode mean_return ci_low ci_high trials".split())
-        for player, r in returns.items():
-            for episode, values in enumerate(zip(r.mean(0), *wilson(r.mean(0), len(r)))):
-                numbers = (f"{value:.4f}" for value in values)
-                writer.writerow((experiment, player, episode, *numbers, len(r)))
+        writer.writerow("experiment agent episode mean_return ci_low ci_high trials".split())
+        for name, values in returns.items():
+            mean = values.mean(0)
+            for episode, row in enumerate(zip(mean, *wilson(mean, len(values)))):
+                cells = [f"{value:.4f}" for value in row]
+                writer.writerow([experiment, name, episode, *cells, len(values)])
     print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}")
     try:
         plot(folder / "curve.png", title, returns)
     except ImportError:
         print("(for a picture: pip install matplotlib)")
-    except Exception as error:  # the figures are safe
-        print(f"(no picture: {error!r})")
+    except (ValueError, OSError) as error:  # the figures are written; draw the picture another day
+        print(f"(no picture: {error})")
 
 
-def on_lakes(experiment, runs, folder, trials, seed):
-    """All players on the lakes of an experiment."""
-    recipe = runs[0].recipe
-    where = {"larger": ((6, 7), 4), "harder": ((5, 5), 7)}
-    lakes = test_lakes(trials, *where.get(experiment, (recipe.sides, recipe.min_hops)))
-    if experiment == "graphs":
-        lakes = random_graphs(trials, np.random.default_rng(TEST_SEED))
-    kind = {experiment: 1.0} if experiment in ("shuffled", "slippery") else {}
-    names = [str(run.folder) for run in runs] if len(runs) > 1 else [TRANSFORMER]
-    how = {"probability": ALWAYS} if len(runs) > 1 and experiment == "exploration" else {}
-    played = {name: play(run, lakes, seed, **how, **kind) for name, run in zip(names, runs)}
-    if len(runs) == 1 and experiment != "unseen":  # `exploration` is `unseen` and this
-        played[UNFORCED] = play(runs[0], lakes, seed, probability=ALWAYS, **kind)
-    played |= by_references(runs[0], seed, lakes, **kind)
-    report(folder, experiment, f"{experiment}: {trials} worlds that no training saw", played)
-
-
-def changing(run, folder, trials, seed):
-    """Figure 7: after 30 episodes each lake is another one, and nobody says so."""
-    lakes = test_lakes(2 * trials, run.recipe.sides, run.recipe.min_hops)
-    before, after = lakes[:trials], lakes[trials:]
-    earlier = play(run, before, seed)
-    later = play(run, after, seed, first=30, given=earlier)  # given: all its past
-    played = {TRANSFORMER: [one + other for one, other in zip(earlier, later)]}
-    played |= by_references(run, seed, before, after)
-    report(folder, "changing", f"{trials} lakes that change after episode 29", played)
-
-
-def along(lake, start, actions):
+# ---- stitching
+def episode_from_actions(lake, start, actions):
     """The episode that these actions make from any tile."""
     tiles = [start]
     for action in actions:
@@ -177,168 +225,214 @@ def along(lake, start, actions):
     return Episode(np.array(tiles), np.array(actions), rewards)
 
 
+def random_path(lake, start, letter, rng):
+    """A random shortest path to a random tile of this letter, as an episode, or None."""
+    distance = np.full((1, lake.tiles.size), np.inf)
+    distance[0, rng.choice(np.flatnonzero(lake.tiles == letter))] = 0.0
+    (distance,) = distance_to_goal(lake.moves[None], distance)
+    actions = []
+    tile = start
+    while 0 < distance[tile] < np.inf:
+        nearer = np.flatnonzero(distance[lake.moves[tile]] < distance[tile])
+        actions.append(int(rng.choice(nearer)))
+        tile = lake.moves[tile, actions[-1]]
+    return episode_from_actions(lake, start, actions) if actions else None
+
+
 def crossing_paths(lake, rng):
-    """A path from elsewhere to a goal and one from the only start into a hole that cross, or None.
+    """Two episodes whose paths cross: one from elsewhere to a goal, one from the start into a hole.
 
-    Neither begins on the other: who starts at S and knows only these has to change over.
+    Neither path begins on the other one, so who starts at S has to change from one to the other.
+    None if no such paths were found.
     """
-
-    def path(start, letter):
-        """A random shortest way to a random tile of this letter, or None."""
-        distance = np.full((1, lake.tiles.size), np.inf)
-        distance[0, rng.choice(np.flatnonzero(lake.tiles == letter))] = 0.0
-        (distance,) = hops(lake.moves[None], distance)
-        actions, tile = [], start
-        while 0 < distance[tile] < np.inf:
-            nearer = np.flatnonzero(distance[lake.moves[tile]] < distance[tile])
-            actions.append(int(rng.choice(nearer)))
-            tile = lake.moves[tile, actions[-1]]
-        return along(lake, start, actions) if actions else None
-
-    start, *more = np.flatnonzero(lake.tiles == "S")
-    if more or not {"F", "H"} <= {*lake.tiles}:
+    starts = np.flatnonzero(lake.tiles == "S")
+    if len(starts) > 1 or not {"F", "H"} <= {*lake.tiles}:
         return None
     for _ in range(50):
-        other = rng.choice(np.flatnonzero(lake.tiles == "F"))
-        winning, losing = path(other, "G"), path(start, "H")
+        elsewhere = rng.choice(np.flatnonzero(lake.tiles == "F"))
+        winning = random_path(lake, elsewhere, "G", rng)
+        losing = random_path(lake, starts[0], "H", rng)
         if winning and losing:
-            won, lost = set(winning.observations[:-1]), set(losing.observations[:-1])
-            if won & lost and other not in lost and start not in won:
+            won = set(winning.observations[:-1])
+            lost = set(losing.observations[:-1])
+            if won & lost and elsewhere not in lost and starts[0] not in won:
                 return [winning, losing]
     return None
 
 
-def stitching(run, folder, trials, seed):
-    """Figure 5: the notebook's lake, five times, and others; nothing is forced on the network."""
+def stitching(runs, out, trials, seed, skip):
+    """Figure 5: the notebook's lake, five times, and others. The agent acts greedily."""
     rng = np.random.default_rng(TEST_SEED)
+    recipe = runs[0].recipe
+    winning = episode_from_actions(NOTEBOOK_LAKE, 2, [ACTIONS.index("down")] * 5)
+    losing = episode_from_actions(NOTEBOOK_LAKE, 8, [ACTIONS.index("right")] * 3)
     lakes = [NOTEBOOK_LAKE] * 5
-    given = [[along(NOTEBOOK_LAKE, 2, [1] * 5), along(NOTEBOOK_LAKE, 8, [2] * 3)]] * 5
-    for lake in test_lakes(20 * trials, run.recipe.sides, run.recipe.min_hops):
+    given = [[winning, losing]] * 5
+    for lake in unseen_lakes(20 * trials, recipe.sides, recipe.goal_distance, skip):
         if len(lakes) < trials + 5 and (pair := crossing_paths(lake, rng)):
             lakes.append(lake)
             given.append([pair[i] for i in rng.permutation(2)])
     if len(lakes) == 5:
         raise ValueError(f"No paths cross on {20 * trials} lakes of this run: play another one.")
-    played = {TRANSFORMER: play(run, lakes, seed, 5, given=given, probability=ALWAYS)}
-    played["without the given episodes"] = play(run, lakes, seed, 5, probability=ALWAYS)
-    played |= by_references(run, seed, lakes, episodes=5)
-    notebook = {name: games[:5] for name, games in played.items()}
+    try_folder(out)
+
+    played = {}
+    for run in runs:
+        name = run.folder.name
+        played[f"{name}, greedy"] = play(run, lakes, seed, 5, given=given, schedule=always_greedy)
+        without = play(run, lakes, seed, 5, schedule=always_greedy)
+        played[f"{name}, without the given episodes"] = without
+    played |= play_baselines(runs[0], seed, lakes, episodes=5)
+    notebook = {name: trials[:5] for name, trials in played.items()}
+    others = {name: trials[5:] for name, trials in played.items()}
     print(f"\nThe notebook's lake, five times\n\n{table(notebook)}")
-    title = f"{len(lakes) - 5} lakes with two given episodes whose paths cross"
-    report(folder, "stitching", title, {name: games[5:] for name, games in played.items()})
+    report(out, "stitching", f"{len(lakes) - 5} {TITLES['stitching']}", others)
+
+
+# ---- a single trial
+class Watched(InContext):
+    """Prints the Q-values before each step; * marks a random action."""
+
+    def act(self, state, episode):
+        action = super().act(state, episode)
+        values = "".join(f"{value:9.3f}" for value in self.q[0])
+        print(f"  {state[0]:4} {values}   {ACTIONS[action[0]]}{'' if self.greedy[0] else ' *'}")
+        return action
 
 
 def watch(run, lake, seed):
-    """Every step of one trial, with the Q-values before it; *: a coin chose the action."""
-    rng, lines = np.random.default_rng(seed), []
-
-    class Watched(InContext):
-        def act(self, state, episode):
-            action = super().act(state, episode)
-            values = "".join(f"{value:9.3f}" for value in self.q[0])
-            coin = "" if self.by_model[0] else " *"
-            lines.append(f"  {state[0]:4} {values}   {ACTIONS[action[0]]}{coin}")
-            return action
-
-    env = worlds([lake], rng, run.recipe.max_steps)
-    (episodes,) = roll_out(env, Watched(run, env, rng), 30)
-    print(f"The lake (the model sees tile numbers only):\n{draw(lake)}")
-    for number, episode in enumerate(episodes):
-        print(f"\nepisode {number}\n  tile " + "".join(f"{f'Q({a})':>9}" for a in ACTIONS))
-        for _ in episode.actions:
-            print(lines.pop(0))
-        print(f"{draw(lake, episode.observations)}\nreturn {episode.total:.0f}")
-    print("\nreturns: " + " ".join(f"{episode.total:.0f}" for episode in episodes))
-
-
-def draw_beliefs(axes, run, env, lake, episodes, number):
-    """An episode's path, and on each tile what the network would do there, the redder the better.
-
-    Each tile has a row of the cache, with the episodes before, as if the next one began there.
-    """
-    tiles = env.numbers[0]
-    same = worlds([lake] * len(tiles), env.rng, env.max_steps)  # for its size and step limit
-    player = InContext(run, same, env.rng, given=[episodes[:number]] * len(tiles))
-    player.act(tiles, episode=number)
-    best, value = player.q.argmax(1), player.q.max(1) / run.recipe.reward_scale  # (tiles,)
-    down, right = np.transpose(DIRECTIONS)[:, env.words[0, best]]
-    row, column = np.divmod(np.arange(len(tiles)), lake.width)
-    axes.clear()
-    shades = ["H  SFG".index(letter) for letter in lake.tiles]  # from dark to bright
-    axes.imshow(np.reshape(shades, (-1, lake.width)), "Blues_r")
-    for where in zip(column - 0.42, row - 0.25, lake.tiles):
-        axes.text(*where)
-    onward = ~env.end[0, tiles]
-    arrows = (x[onward] for x in (column, row, right, -down, value))
-    axes.quiver(*arrows, pivot="mid", scale=2 * lake.width, cmap="YlOrRd", clim=(0, 1))
-    path = [tiles.tolist().index(tile) for tile in episodes[number].observations]
-    shift = np.linspace(-0.15, 0.15, len(path))  # a way back must stay visible
-    axes.plot(column[path] + shift, row[path] + shift, ".-", color="#009E73")
-    axes.set(title=f"episode {number}: {len(path) - 1} steps", xticks=[], yticks=[])
-
-
-def beliefs(run, path, lake, seed):
-    """Figure 1, and the network's reasons: six episodes of a trial, nothing forced; .gif: all."""
-    from matplotlib.animation import PillowWriter
-    from matplotlib.figure import Figure
-
+    """Print every step of one trial."""
     rng = np.random.default_rng(seed)
-    env = worlds([lake], rng, run.recipe.max_steps, float(run.recipe.shuffled > 0))
-    (episodes,) = roll_out(env, InContext(run, env, rng, ALWAYS), 30)
-    if path.suffix == ".png":
-        figure = Figure(figsize=(9, 6.2 * len(lake.rows) / lake.width + 0.5), layout="constrained")
-        for axes, number in zip(figure.subplots(2, 3).flat, (0, 1, 2, 5, 10, 29)):
-            draw_beliefs(axes, run, env, lake, episodes, number)
-        return save_picture(path, figure)
-    figure, film = Figure(figsize=(4, 4), layout="constrained"), PillowWriter(fps=2)
-    axes = figure.subplots()
-    with replacing(path) as new, film.saving(figure, new, dpi=70):
-        for number in range(len(episodes)):
-            draw_beliefs(axes, run, env, lake, episodes, number)
-            film.grab_frame()
-    print(f"Written: {path}")
+    env = make_env([lake], rng, run.recipe.max_steps)
+    agent = Watched(run, env, rng)
+    print(f"The lake, of which the network sees tile ids only:\n{draw(lake)}")
+    for number in range(30):
+        print(f"\nepisode {number}\n  tile " + "".join(f"{f'Q({word})':>9}" for word in ACTIONS))
+        ((episode,),) = rollout(env, agent, 1, first=number)
+        print(f"{draw(lake, episode.observations)}\nreturn {episode.episode_return:.0f}")
+
+
+TILE_COLOURS = {"start": "#C6DBEF", "frozen": "#F7FBFF", "hole": "#08306B", "goal": "#A1D99B"}
+PATH_COLOUR = "#6A3D9A"
+
+
+def policy_of(run, env, lake, given):
+    """The action word that the network finds best on each tile, (tiles,), and its Q-value.
+
+    Each tile has a row of a KV cache, with the given episodes, as if the next one began there.
+    """
+    ids = env.tile_ids[0]
+    one_per_tile = make_env([lake] * len(ids), env.rng, env.max_steps)  # only its size matters
+    agent = InContext(run, one_per_tile, env.rng, given=[given] * len(ids))
+    agent.act(ids, np.zeros(len(ids)))
+    return agent.q.argmax(1), agent.q.max(1) / run.recipe.reward_scale
+
+
+def draw_episode(axes, run, env, lake, episodes, number):
+    """Draw an episode's path and, on every tile, the policy before that episode."""
+    from matplotlib.colors import ListedColormap
+
+    axes.clear()
+    letters = ["SFHG".index(letter) for letter in lake.tiles]
+    axes.imshow(np.reshape(letters, (-1, lake.width)), ListedColormap([*TILE_COLOURS.values()]))
+    row, column = np.divmod(np.arange(lake.tiles.size), lake.width)
+    for x, y, letter in zip(column, row, lake.tiles):
+        axes.text(x - 0.42, y - 0.25, letter, color="white" if letter == "H" else "black")
+
+    best, value = policy_of(run, env, lake, episodes[:number])
+    down, right = np.transpose(DIRECTIONS)[:, env.action_map[0, best]]
+    alive = np.isin(lake.tiles, ["S", "F"])
+    arrows = (values[alive] for values in (column, row, right, -down, value))
+    outline = {"edgecolor": "black", "linewidth": 0.4}
+    axes.quiver(*arrows, pivot="mid", scale=2 * lake.width, cmap="YlOrRd", clim=(0, 1), **outline)
+
+    path = [env.tile_ids[0].tolist().index(tile) for tile in episodes[number].observations]
+    shift = np.linspace(-0.15, 0.15, len(path))  # so that a way back does not hide the way there
+    x = column[path] + shift
+    y = row[path] + shift
+    scale = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.008}
+    axes.quiver(x[:-1], y[:-1], np.diff(x), np.diff(y), color=PATH_COLOUR, **scale)
+    steps = len(path) - 1
+    title = f"episode {number}: {steps} step{'' if steps == 1 else 's'}"
+    axes.set(title=title, xticks=[], yticks=[])
+
+
+def policy_map(run, path, lake, seed):
+    """Figure 1: six episodes of a greedy trial, with the policy before each; .gif: all episodes."""
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    try_folder(path.parent)
+    rng = np.random.default_rng(seed)
+    env = make_env([lake], rng, run.recipe.max_steps, float(run.recipe.shuffled > 0))
+    (episodes,) = rollout(env, InContext(run, env, rng, always_greedy), 30)
+
+    is_film = path.suffix == ".gif"
+    size = (5, 5) if is_film else (9, 6.2 * len(lake.rows) / lake.width + 1)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, 1) if is_film else figure.subplots(2, 3)
+    colours = TILE_COLOURS | {"path": PATH_COLOUR}
+    patches = [Patch(facecolor=colours[name], ec="black", label=name) for name in colours]
+    figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False)
+    figure.colorbar(ScalarMappable(Normalize(0, 1), "YlOrRd"), ax=panels, label="Q, best action")
+    if is_film:
+
+        def frame(number):
+            draw_episode(panels, run, env, lake, episodes, number)
+
+        film = FuncAnimation(figure, frame, frames=30)
+        save_picture(path, film.save, writer="pillow", fps=2, dpi=70)
+    else:
+        for axes, number in zip(panels.flat, (0, 1, 2, 5, 10, 29)):
+            draw_episode(axes, run, env, lake, episodes, number)
+        save_picture(path, figure.savefig, dpi=150)
 
 
 def main(arguments=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add = parser.add_argument
-    add("what", nargs="*", metavar="RUN | EXPERIMENT", help="see above")
-    add("--watch", action="store_true", help="one trial step by step")
-    add("--gif", action="store_true", help="beliefs as a film")
-    add("--lake", type=int, default=0, help="the test lake to watch or draw")
-    add("--trials", type=int, default=200, help="trials to play")
-    add("--context", type=int, help="tokens to look back on (default: the run's)")
-    add("--device", type=device, default=DEVICE)
-    add("--seed", type=int, default=0, help="of all but the lakes")
-    add("--out", type=Path, help="default: RUN/EXPERIMENT")
+    add("experiment", nargs="?", default="unseen", help="see above")
+    add("runs", nargs="*", type=Path, metavar="RUN", help="default: the pretrained network")
+    add("--gif", action="store_true", help="policy_map as a film")
+    add("--lake", type=int, default=0, help="number of the test lake for policy_map and watch")
+    add("--trials", type=int, default=200, help="lakes to play")
+    add("--skip", type=int, default=0, help="test lakes to leave out before those")
+    add("--context", type=int, help="tokens to look back on (default: as many as in training)")
+    add("--device", type=device_argument, default=DEVICE, help="cpu, cuda, cuda:1, ...")
+    add("--seed", type=int, default=0, help="seed of everything but the lakes")
+    add("--out", type=Path, help="folder (default: RUN/EXPERIMENT)")
     args = parser.parse_args(arguments)
-    alone = {"stitching": stitching, "changing": changing}
-    names, what = (*ON_LAKES, *alone, "beliefs"), [w for w in args.what if w != "compare"]
-    asked = [w for w in what if w in names] + ["--watch"] * args.watch
-    experiment, *more = asked or ["unseen"]
-    folders = [Path(word) for word in what if word not in names] or [SHIPPED]
-    if more or (len(folders) > 1 and experiment not in ON_LAKES):
-        raise ValueError(f"Only one experiment or --watch, most of them on one run: {args.what}.")
+    experiment = args.experiment
+    if experiment not in TITLES:
+        if Path(experiment).is_dir():
+            raise ValueError(f"Name the experiment first: python eval.py unseen {experiment}")
+        raise ValueError(f"There is no experiment {experiment!r}: choose from {', '.join(TITLES)}.")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed has to be in 0 to {2**32 - 1}, not {args.seed}.")
-    run, *others = [load_run(folder, args.device, args.context) for folder in folders]
-    out = args.out or run.folder / ("compare" if others else "") / experiment
-    if not args.watch:  # can it be written?
-        out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out).close()
-    if args.watch or experiment == "beliefs":
-        lake = test_lakes(args.lake + 1, run.recipe.sides, run.recipe.min_hops)[-1]
-        if args.watch:
-            watch(run, lake, args.seed)
-        else:
-            beliefs(run, out / f"beliefs.{'gif' if args.gif else 'png'}", lake, args.seed)
-    elif experiment in alone:
-        alone[experiment](run, out, args.trials, args.seed)
+
+    runs = [load_run(run, args.device, args.context) for run in args.runs or [PRETRAINED]]
+    first = runs[0]
+    out = args.out or first.folder / "-".join([experiment, *(run.folder.name for run in runs[1:])])
+    if experiment == "watch":
+        return watch(first, one_lake(first.recipe, args), args.seed)
+    if experiment == "policy_map":
+        path = out / f"policy_map.{'gif' if args.gif else 'png'}"
+        policy_map(first, path, one_lake(first.recipe, args), args.seed)
+    elif experiment == "stitching":
+        stitching(runs, out, args.trials, args.seed, args.skip)
     else:
-        on_lakes(experiment, [run, *others], out, args.trials, args.seed)
+        evaluate(experiment, runs, out, args.trials, args.seed, args.skip)
+
+
+def one_lake(recipe, args):
+    (lake,) = unseen_lakes(1, recipe.sides, recipe.goal_distance, args.lake)
+    return lake
 
 
 if __name__ == "__main__":
-    with exit_in_one_sentence():
+    with user_errors():
         main()

@@ -1,10 +1,12 @@
-"""Frozen Lake: the world, in numpy (section 4.1 of the paper).
+"""Frozen Lake: the environment, and agents that need no network (section 4.1 of the paper).
 
-    python frozen_lake.py    a lake, and the returns of players that need no network
+    python frozen_lake.py    shows a lake, and what these agents earn on it
 
-A player has `act(state, episode) -> action`, arrays (N,), and `learn(step)`; `roll_out` is the one
-loop in which all of them play, the transformer too (icrl.InContext).
-Shapes: N lakes side by side, S tile numbers, A = 4 actions. `rng` is always a numpy Generator.
+An agent has two methods: `act(state, episode) -> action`, all arrays (N,), and
+`observe(transition)`. `rollout` is the one loop in which every agent plays, also the transformer
+(icrl.InContext).
+
+Shapes: N lakes side by side, S tile ids, A = 4 actions. `rng` is always a numpy Generator.
 """
 
 import math
@@ -20,23 +22,30 @@ from tqdm import tqdm
 ACTIONS = ("left", "down", "right", "up")  # gymnasium's order, 0..3
 DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAX_STEPS = 100  # gymnasium's step limit
-MAX_TILES = 100  # a lake has at most 10 x 10
-NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # the notebook's lake (figure 5)
+MAX_SIDE = 10  # the widest and highest lake
+MAX_TILES = MAX_SIDE**2
+SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48: as many as a lake of 7 x 7 has
+CROP_SIDE = 7  # the largest map that the ids of a cropped lake are taken from
+TILES_PER_TRY = 16384  # random maps are drawn in large blocks, which numpy does fast
 
 
 # ---- the map
 @dataclass(frozen=True)
 class Lake:
-    """A map: `rows` of equal length over S (start), F (frozen), H (hole), G (goal)."""
+    """A map: rows of equal length over S (start), F (frozen), H (hole), G (goal).
+
+    With `links` it is any other deterministic world: links[tile][action] is the tile that an action
+    leads to, and how the letters are cut into rows does not matter.
+    """
 
     rows: tuple[str, ...]
-    links: tuple = ()  # where each direction leads from each tile, (tiles, A), if no grid
+    links: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         letters = set("".join(self.rows))
         if not {"S", "G"} <= letters <= set("SFHG") or len(set(map(len, self.rows))) != 1:
             needed = "rows of equal length over S, F, H and G, with an S and a G"
-            raise ValueError(f"{self.rows} is no lake: that takes {needed}.")
+            raise ValueError(f"{self.rows} is not a lake: it takes {needed}.")
 
     @property
     def width(self):
@@ -44,314 +53,368 @@ class Lake:
 
     @cached_property
     def tiles(self):
-        """Letters, (height * width,): tile = row * width + column."""
+        """Letters (height * width,); the number of a tile is row * width + column."""
         return np.array(list("".join(self.rows)))
 
     @cached_property
     def moves(self):
-        """Tiles that the four directions lead to, (tiles, A); ends lead to themselves."""
-        end = np.isin(self.tiles, ["H", "G"])[:, None]
+        """The tile that each action leads to, (tiles, A); holes and goals lead to themselves."""
+        terminal = np.isin(self.tiles, ["H", "G"])[:, None]
         moves = np.array(self.links or grid_moves(len(self.rows), self.width))
-        return np.where(end, np.arange(end.size)[:, None], moves)
+        return np.where(terminal, np.arange(terminal.size)[:, None], moves)
 
     @property
     def is_test(self):
-        """Whether it is set aside for tests: figure 5's, and one in ten by a hash of its map."""
+        """Whether it is set aside for tests: figure 5's, and one in ten by a hash of the map."""
         return self.rows == NOTEBOOK_ROWS or zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
 
 
-NOTEBOOK_LAKE = Lake(NOTEBOOK_ROWS)
-
-
 def grid_moves(height, width):
-    """Where each direction leads on a walled grid: tiles (height * width, A)."""
+    """The tile that each action leads to on a grid with walls around it, (height * width, A)."""
     row, column = np.divmod(np.arange(height * width)[:, None], width)  # (tiles, 1)
     down, right = np.transpose(DIRECTIONS)  # (A,)
-    row, column = np.clip(row + down, 0, height - 1), np.clip(column + right, 0, width - 1)
+    row = np.clip(row + down, 0, height - 1)
+    column = np.clip(column + right, 0, width - 1)
     return row * width + column
 
 
-def hops(moves, distance):
-    """Fewest steps from each tile to a goal, (N, S), or inf.
+NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # for stitching (figure 5)
+NOTEBOOK_LAKE = Lake(NOTEBOOK_ROWS)
 
-    moves (N, S, A): where each direction leads; distance (N, S): 0 at goals, else inf or a bound.
+
+def distance_to_goal(moves, distance):
+    """Fewest steps from each tile to a goal, (N, S); inf where no goal can be reached.
+
+    moves (N, S, A): the tile that each action leads to. distance (N, S): what is known at first, 0
+    at goals and inf elsewhere.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
-        nearer = np.minimum(distance, 1 + distance[lake, moves].min(-1))
-        if np.array_equal(nearer, distance):
+        shorter = np.minimum(distance, 1 + distance[lake, moves].min(-1))
+        if np.array_equal(shorter, distance):
             return distance
-        distance = nearer
+        distance = shorter
 
 
-def random_lakes(count, rng, sides=(3, 5), min_hops=4, *, test):
-    """`count` lakes by the rules of the paper's notebook: all are test lakes, or none.
+def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
+    """`count` lakes by the rules of the paper's notebook. All are test lakes, or none is.
 
     Width and height are drawn from `sides`. A tile is a start with probability 0.1, else a goal
-    with 0.1, else a hole with 0.2. A map is kept if it has a start and, from every start, the
-    nearest goal is in reach and at least `min_hops` away. ValueError if there are (almost) none.
+    with 0.1, else a hole with 0.2. A map is accepted if it has a start and if, from every start,
+    the nearest goal can be reached and is at least `goal_distance` steps away. ValueError if such
+    maps do not exist, or almost none.
     """
-    low, high = sides
-    asked = f"lakes of every size from {low} to {high} tiles a side with goals {min_hops} hops away"
-    possible = 2 <= low <= high <= 10 and 1 <= min_hops < low * low
+    shortest, longest = sides
+    wanted = f"lakes of {shortest} to {longest} tiles a side, goals {goal_distance} steps away"
+    if not (2 <= shortest <= longest <= MAX_SIDE and 1 <= goal_distance < shortest**2):
+        raise ValueError(f"There are no {wanted}: take 2 to {MAX_SIDE} tiles, or nearer goals.")
     lakes = []
-    for _ in range(1000 if possible else 0):
+    for _ in range(1000):  # far more rounds than needed, unless such maps are very rare
         if len(lakes) >= count:
             return lakes[:count]
-        found = []
-        for height, width in product(range(low, high + 1), repeat=2):
-            each = 16384 // high**2  # tries for every size
-            moves = np.tile(grid_moves(height, width), (each, 1, 1))
-            tiles, kept = random_tiles(moves, min_hops, rng)
-            maps = tiles[kept].reshape(-1, height, width)
-            found += [Lake(tuple(map("".join, rows))) for rows in maps]
-        lakes += [found[i] for i in rng.permutation(len(found)) if found[i].is_test == test]
-    raise ValueError(f"There are too few {asked}: try 2 to 10 tiles, fewer hops or --hard 0.")
+        accepted = []
+        for height, width in product(range(shortest, longest + 1), repeat=2):
+            tries = TILES_PER_TRY // longest**2  # the same for every size, so all are as frequent
+            moves = np.tile(grid_moves(height, width), (tries, 1, 1))
+            tiles, valid = random_tiles(moves, goal_distance, rng)
+            for grid in tiles[valid].reshape(-1, height, width):
+                accepted.append(Lake(tuple(map("".join, grid))))
+        shuffled = [accepted[i] for i in rng.permutation(len(accepted))]
+        lakes += [lake for lake in shuffled if lake.is_test == test]
+    raise ValueError(f"There are too few {wanted}: take nearer goals, or --far-goals 0.")
 
 
-def random_tiles(moves, min_hops, rng):
-    """Letters (N, tiles) for moves (N, tiles, A), and which maps the rules keep, bool (N,)."""
+def random_tiles(moves, goal_distance, rng):
+    """Random letters (N, tiles) for moves (N, tiles, A), and which maps are accepted, bool (N,)."""
     start, goal, hole = (rng.random(moves.shape[:2]) < chance for chance in (0.1, 0.1, 0.2))
     tiles = np.select([start, goal, hole], ["S", "G", "H"], "F")
-    moves = np.where((tiles == "H")[..., None], np.arange(tiles.shape[1])[:, None], moves)
-    distance = hops(moves, np.where(tiles == "G", 0.0, np.inf))
-    far = (distance >= min_hops) & (distance < np.inf)
-    return tiles, start.any(1) & (far | ~start).all(1)
+    stay = np.arange(tiles.shape[1])[:, None]
+    moves = np.where((tiles == "H")[..., None], stay, moves)
+    distance = distance_to_goal(moves, np.where(tiles == "G", 0.0, np.inf))
+    far_enough = (distance >= goal_distance) & (distance < np.inf)
+    return tiles, start.any(1) & (far_enough | ~start).all(1)
 
 
 def random_graphs(count, rng):
-    """Worlds without a grid: any action on 9 to 25 tiles leads anywhere, goals are 3+ hops off."""
+    """Worlds of 9 to 25 tiles where an action may lead to any tile; goals are 3+ steps away."""
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
-        links = rng.integers(size, size=(100, size, len(ACTIONS)))
-        tiles, kept = random_tiles(links, 3, rng)
-        for i in np.flatnonzero(kept)[:1]:  # one: large ones pass oftener
+        links = rng.integers(size, size=(100, size, len(ACTIONS)))  # 100 tries
+        tiles, valid = random_tiles(links, 3, rng)
+        # At most one per size that was drawn: large graphs are accepted more often than small ones.
+        for i in np.flatnonzero(valid)[:1]:
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
 
-def window(lake, rng, side=7):
-    """Tile numbers (tiles,) as if the lake were a part of a map of up to `side` tiles a side."""
-    columns = rng.integers(lake.width, max(side, lake.width) + 1)
-    top = rng.integers(max(side - len(lake.rows), 0) + 1)
+def crop_ids(lake, rng):
+    """Tile ids (tiles,) as if the lake were cut out of a map of up to 7 x 7 tiles."""
+    columns = rng.integers(lake.width, max(CROP_SIDE, lake.width) + 1)
+    top = rng.integers(max(CROP_SIDE - len(lake.rows), 0) + 1)
     left = rng.integers(columns - lake.width + 1)
     row, column = np.divmod(np.arange(lake.tiles.size), lake.width)
     return (top + row) * columns + left + column
 
 
 # ---- the environment
-class FrozenLake:
-    """N lakes stepped at once, as gymnasium's FrozenLake-v1; row i of every array is lake i.
+# One step on N lakes, each field (N,), or on one lake. `active` lakes have episodes left to play.
+Transition = namedtuple(
+    "Transition", "state action next_state reward terminated truncated active", defaults=[True]
+)
 
-    States are tile numbers. An action off the edge stays in place; entering a goal pays 1; holes
-    and goals end the episode; after `max_steps` it is truncated. Each lake may have its own
-    `numbers` (tiles,) for its tiles and `words` (A,), the direction of each action word; all or
-    some may be `slippery`: a move then goes as asked or to either side, with probability 1/3 each.
+
+class FrozenLake:
+    """N lakes stepped together, each like gymnasium's FrozenLake-v1.
+
+    A state is the id of a tile. An action off the edge changes nothing; entering a goal pays 1;
+    holes and goals end the episode; after `max_steps` it is truncated. Optional, per lake:
+    `tile_ids` (tiles,) replace the tiles' numbers, `action_map` (A,) gives the direction of each
+    action, and on `slippery` lakes a step goes as intended or to either side, each with
+    probability 1/3.
     """
 
-    def __init__(self, lakes, rng, max_steps=MAX_STEPS, numbers=(), words=range(4), slippery=False):
+    def __init__(
+        self, lakes, rng, max_steps=MAX_STEPS, tile_ids=None, action_map=range(4), slippery=False
+    ):
         N = len(lakes)
-        self.rng, self.max_steps, self.row = rng, max_steps, np.arange(N)
-        self.numbers = numbers or [np.arange(lake.tiles.size) for lake in lakes]
-        size = 1 + max(number.max() for number in self.numbers)  # S
-        self.words = np.broadcast_to(words, (N, len(ACTIONS)))
+        self.rng = rng
+        self.max_steps = max_steps
+        self.env_index = np.arange(N)
+        self.tile_ids = tile_ids or [np.arange(lake.tiles.size) for lake in lakes]
+        self.action_map = np.broadcast_to(action_map, (N, len(ACTIONS)))
         self.slippery = np.broadcast_to(slippery, N)
-        self.tiles = np.full((N, size), "")  # (N, S), "" where no tile has the number
-        self.moves = np.zeros((N, size, len(ACTIONS)), int)  # (N, S, A)
-        for i, (lake, number) in enumerate(zip(lakes, self.numbers)):
-            self.tiles[i, number] = lake.tiles
-            self.moves[i, number] = number[lake.moves]
-        self.start, self.goal = self.tiles == "S", self.tiles == "G"  # (N, S)
-        self.end = self.goal | (self.tiles == "H")
-        self.state, self.steps = np.zeros((2, N), int)
+
+        size = 1 + max(ids.max() for ids in self.tile_ids)  # S
+        self.tiles = np.full((N, size), "")  # (N, S), "" where no tile has this id
+        self.moves = np.zeros((N, size, len(ACTIONS)), int)  # (N, S, A) by direction
+        for i, (lake, ids) in enumerate(zip(lakes, self.tile_ids)):
+            self.tiles[i, ids] = lake.tiles
+            self.moves[i, ids] = ids[lake.moves]
+        self.start = self.tiles == "S"  # (N, S)
+        self.goal = self.tiles == "G"
+        self.terminal = self.goal | (self.tiles == "H")
+
+        self.state = np.zeros(N, int)
+        self.steps = np.zeros(N, int)
         self.reset(np.ones(N, bool))
 
     def __len__(self):
-        return len(self.row)
+        return len(self.env_index)
 
-    def reset(self, rows):
-        """Begin an episode at a uniformly drawn start in some rows, bool (N,); all states (N,)."""
-        starts = self.start[rows]  # (rows, S)
+    def reset(self, which):
+        """Begin an episode at a random start on lakes `which`, bool (N,); all states (N,)."""
+        starts = self.start[which]  # (n, S)
         pick = (self.rng.random(len(starts)) * starts.sum(1)).astype(int)
-        self.state = self.state.copy()  # the caller may hold the old one
-        self.state[rows] = (starts.cumsum(1) == 1 + pick[:, None]).argmax(1)  # the pick-th start
-        self.steps[rows] = 0
+        self.state = self.state.copy()  # the caller may still hold the old one
+        self.state[which] = (starts.cumsum(1) == 1 + pick[:, None]).argmax(1)  # the pick-th start
+        self.steps[which] = 0
         return self.state
 
     def step(self, actions):
-        """Take actions (N,); states, rewards float32, terminated bool, truncated bool, all (N,)."""
-        before, direction = self.state, self.words[self.row, actions]
+        """Take actions (N,); states int, rewards float32, terminated bool, truncated bool, (N,)."""
+        previous = self.state
+        direction = self.action_map[self.env_index, actions]
         if self.slippery.any():
             sideways = self.rng.integers(-1, 2, len(self))
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
-        self.state = self.moves[self.row, before, direction]
+        self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        rewards = self.goal[self.row, self.state] & (self.state != before)  # paid on entering
-        terminated = self.end[self.row, self.state]
+        rewards = self.goal[self.env_index, self.state] & (self.state != previous)  # on entering
+        terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
         return self.state, rewards.astype(np.float32), terminated, truncated
 
 
-def worlds(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, windows=0.0, slippery=0.0):
-    """The lakes' environment. A share `shuffled` has random tile numbers (0 to 48 or more) and
-    permuted words; a share `windows` of the others a `window`; `slippery` of all slip.
+def make_env(lakes, rng, max_steps=MAX_STEPS, shuffled=0.0, cropped=0.0, slippery=0.0):
+    """The lakes' environment, with fractions of them changed.
+
+    Lakes that are `shuffled` have random tile ids and a random action map. Of the others, those
+    that are `cropped` have the tile ids of a larger map (`crop_ids`). Any lake may be `slippery`.
     """
-    numbers = [np.arange(lake.tiles.size) for lake in lakes]
-    words = [np.arange(len(ACTIONS)) for _ in lakes]
+    tile_ids = [np.arange(lake.tiles.size) for lake in lakes]
+    action_map = [np.arange(len(ACTIONS)) for _ in lakes]
     for i, lake in enumerate(lakes):
         if shuffled and rng.random() < shuffled:
-            numbers[i] = rng.permutation(max(49, lake.tiles.size))[: lake.tiles.size]
-            words[i] = rng.permutation(words[i])
-        elif windows and rng.random() < windows:
-            numbers[i] = window(lake, rng)
+            tile_ids[i] = rng.permutation(max(SHUFFLED_IDS, lake.tiles.size))[: lake.tiles.size]
+            action_map[i] = rng.permutation(action_map[i])
+        elif cropped and rng.random() < cropped:
+            tile_ids[i] = crop_ids(lake, rng)
     slips = slippery and rng.random(len(lakes)) < slippery
-    return FrozenLake(lakes, rng, max_steps, numbers, words, slips)
+    return FrozenLake(lakes, rng, max_steps, tile_ids, action_map, slips)
 
 
-# One step on N lakes, each field (N,); `playing`: lakes with episodes left to play.
-Step = namedtuple("Step", "state action successor reward terminated truncated playing")
-
-
+# ---- episodes
 @dataclass(frozen=True, eq=False)
 class Episode:
     """n steps on one lake."""
 
-    observations: np.ndarray  # (n + 1,)
+    observations: np.ndarray  # (n + 1,) tile ids
     actions: np.ndarray  # (n,)
     rewards: np.ndarray  # (n,)
-    truncated: bool = False  # whether the step limit cut it off
+    truncated: bool = False  # whether the step limit ended it
 
     @cached_property
-    def total(self):
-        """The undiscounted return."""
+    def episode_return(self):
+        """The sum of its rewards, without a discount."""
         return float(self.rewards.sum())
 
+    def transitions(self):
+        """Its steps, one by one, as a list of Transitions."""
+        n = len(self.actions)
+        states = self.observations.tolist()
+        truncated = [False] * (n - 1) + [bool(self.truncated)]
+        terminated = [False] * (n - 1) + [not self.truncated]
+        actions, rewards = self.actions.tolist(), self.rewards.tolist()
+        columns = (states, actions, states[1:], rewards, terminated, truncated)
+        return list(map(Transition, *columns))
 
-def roll_out(env, player, episodes, limit=math.inf, first=0):
-    """Let `player` play so many episodes on every lake of `env`, side by side; [lake][episode].
 
-    No lake waits for another: `player.act` is told each one's present episode, counted from
-    `first`. Lakes that are done are played on in vain until the last one is. After `limit` steps
-    all end, and unfinished episodes are dropped.
+def rollout(env, agent, episodes, step_limit=math.inf, first=0):
+    """Let an agent play `episodes` episodes on every lake of `env`; returns [lake][episode].
+
+    The lakes are stepped together, but none waits for another to end an episode: `agent.act` is
+    told the number of each lake's present episode, counted from `first`. A lake that has played
+    them all is stepped on, unrecorded, until the last one has. After `step_limit` steps everything
+    ends, and unfinished episodes are dropped.
     """
-    episode, steps = np.full(len(env), first), []
+    episode = np.full(len(env), first)
+    history = []
     state = env.reset(np.ones(len(env), bool))
     bar = tqdm(total=len(env) * episodes, desc="Playing", unit="episode", delay=5, leave=False)
-    while (playing := episode < first + episodes).any() and len(steps) < limit:
-        action = player.act(state, episode)
-        step = Step(state, action, *env.step(action), playing)
-        steps.append(step)
-        player.learn(step)
-        over = step.terminated | step.truncated
-        state = env.reset(over)
-        episode = episode + (over & playing)
-        bar.update((over & playing).sum())
+    while (active := episode < first + episodes).any() and len(history) < step_limit:
+        action = agent.act(state, episode)
+        transition = Transition(state, action, *env.step(action), active)
+        agent.observe(transition)
+        history.append(transition)
+        done = transition.terminated | transition.truncated
+        state = env.reset(done)
+        episode = episode + (done & active)
+        bar.update((done & active).sum())
     bar.close()
-    fields = [np.stack(field, axis=1) for field in zip(*steps)]  # each (N, steps)
-    return [split(Step(*(field[lake] for field in fields))) for lake in env.row]
+    columns = [np.stack(field, axis=1) for field in zip(*history)]  # each (N, steps)
+    return [split_episodes(Transition(*rows)) for rows in zip(*columns)]
 
 
-def split(steps):
-    """The episodes on one lake, from a Step with fields of (steps,)."""
-    ends = 1 + np.flatnonzero((steps.terminated | steps.truncated) & steps.playing)
+def split_episodes(steps):
+    """The finished episodes on one lake, from a Transition with fields of (steps,)."""
+    ends = 1 + np.flatnonzero((steps.terminated | steps.truncated) & steps.active)
     episodes = []
     for begin, end in zip([0, *ends], ends):
-        observations = np.append(steps.state[begin:end], steps.successor[end - 1])
-        actions, rewards = steps.action[begin:end], steps.reward[begin:end]
-        episodes.append(Episode(observations, actions, rewards, steps.truncated[end - 1]))
+        observations = np.append(steps.state[begin:end], steps.next_state[end - 1])
+        taken = steps.action[begin:end]
+        paid = steps.reward[begin:end]
+        episodes.append(Episode(observations, taken, paid, steps.truncated[end - 1]))
     return episodes
 
 
-# ---- the players
-class RandomPlayer:
+# ---- agents
+class RandomAgent:
+    """Takes each action with the same probability."""
+
     def __init__(self, env, rng):
         self.rng = rng
 
     def act(self, state, episode):
         return self.rng.integers(0, len(ACTIONS), len(state))
 
-    def learn(self, step):
+    def observe(self, transition):
         pass
 
 
 class TabularQ:
-    """Q-learning (Watkins 1989) on every lake at once, starting from zeros.
+    """Q-learning (Watkins 1989) on every lake, starting from zeros.
 
-    In episode e it acts greedily with probability `greedy(e)`, (N,), otherwise at random.
-    Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)); no max at a hole or a goal.
+    In episode e it acts greedily with probability `greedy_probability(e)`, (N,), else at random.
+    Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)), without the max at a hole or a
+    goal. At the step limit the value of the tile reached counts.
     """
 
-    def __init__(self, env, rng, greedy, gamma=0.9, rate=0.5):
+    def __init__(self, env, rng, greedy_probability, gamma=0.9, rate=0.5):
         self.q = np.zeros(env.moves.shape)  # (N, S, A)
-        self.row, self.rng = env.row, rng
-        self.greedy, self.gamma, self.rate = greedy, gamma, rate
+        self.env_index = env.env_index
+        self.rng = rng
+        self.greedy_probability = greedy_probability
+        self.gamma = gamma
+        self.rate = rate
 
     def act(self, state, episode):
-        ties = 1e-9 * self.rng.random((len(state), len(ACTIONS)))
-        best = (self.q[self.row, state] + ties).argmax(1)
-        greedily = self.rng.random(len(state)) < self.greedy(episode)
-        return np.where(greedily, best, self.rng.integers(0, len(ACTIONS), len(state)))
+        tie_break = 1e-9 * self.rng.random((len(state), len(ACTIONS)))
+        best = (self.q[self.env_index, state] + tie_break).argmax(1)
+        greedy = self.rng.random(len(state)) < self.greedy_probability(episode)
+        return np.where(greedy, best, self.rng.integers(0, len(ACTIONS), len(state)))
 
-    def learn(self, step):
-        value = np.where(step.terminated, 0.0, self.q[self.row, step.successor].max(1))
-        taken = (self.row, step.state, step.action)
-        error = step.reward + self.gamma * value - self.q[taken]
-        self.q[taken] += step.playing * self.rate * error
+    def observe(self, transition):
+        next_value = self.q[self.env_index, transition.next_state].max(1)
+        next_value = np.where(transition.terminated, 0.0, next_value)
+        taken = (self.env_index, transition.state, transition.action)
+        error = transition.reward + self.gamma * next_value - self.q[taken]
+        self.q[taken] += transition.active * self.rate * error
 
 
-class Planner(RandomPlayer):  # for its `learn`
-    """The best possible player: it knows the lake, and iterates values over the steps left."""
+class ValueIteration(RandomAgent):
+    """The optimal agent: it knows the lake and iterates values backwards from the step limit."""
 
     def __init__(self, env, rng):
-        self.env, best = env, []  # (N, S) directions, of the last step first
-        value, slip = np.zeros(env.tiles.shape), env.slippery[:, None, None] / 3
+        self.env = env
+        slip = env.slippery[:, None, None] / 3  # the probability of each side
+        value = np.zeros(env.tiles.shape)  # (N, S), with no steps left
+        best = []
         for _ in range(env.max_steps):
-            worth = np.where(env.goal, 1.0, np.where(env.end, 0.0, value))
-            worth = worth[env.row[:, None, None], env.moves]  # (N, S, A)
-            sideways = np.roll(worth, 1, -1) + np.roll(worth, -1, -1)
-            worth = (1 - 2 * slip) * worth + slip * sideways
-            best.append(worth.argmax(-1))
-            value = worth.max(-1)
-        self.best = np.array(best[::-1])  # (max_steps, N, S), by the steps taken
+            value = np.where(env.goal, 1.0, np.where(env.terminal, 0.0, value))
+            intended = value[env.env_index[:, None, None], env.moves]  # (N, S, A)
+            sideways = np.roll(intended, 1, -1) + np.roll(intended, -1, -1)
+            q = (1 - 2 * slip) * intended + slip * sideways
+            best.append(q.argmax(-1))
+            value = q.max(-1)
+        self.best = np.array(best[::-1])  # (max_steps, N, S) directions, by the steps taken
 
     def act(self, state, episode):
-        direction = self.best[self.env.steps, self.env.row, state]
-        return (self.env.words == direction[:, None]).argmax(1)
+        direction = self.best[self.env.steps, self.env.env_index, state]
+        return (self.env.action_map == direction[:, None]).argmax(1)
 
 
 class Explorer:
-    """Remembers every step, and walks the shortest known way to a goal or, knowing none, to an
-    untried action. Where neither is in reach, or on an end that ended nothing, it forgets all: the
-    lake has changed (figure 7).
+    """Remembers every transition, and walks the shortest known way to a goal or an untried action.
+
+    A known goal comes first. If neither is in reach, or if it stands where it knows a hole or a
+    goal, then the lake has changed (figure 7), and it forgets everything.
     """
+
+    UNTRIED_COST = 1000.0  # in steps: any known goal is nearer than an untried action
 
     def __init__(self, env, rng):
         N, S, A = env.moves.shape
-        self.row, self.rng = env.row, rng
-        self.known = np.full((N, S + 1, A), -1)  # where actions lead; untried: to -1, the last tile
+        self.env_index = env.env_index
+        self.rng = rng
+        self.unknown = S  # one more tile: untried actions are taken to lead there
+        self.leads_to = np.full((N, S + 1, A), self.unknown)
         self.goal = np.zeros((N, S + 1), bool)  # known goals
 
     def act(self, state, episode):
         distance = np.where(self.goal, 0.0, np.inf)  # (N, S + 1)
-        distance[:, -1] = 1000.0  # beyond an untried action: farther than any known goal
-        distance = hops(self.known, distance)
-        here = distance[self.row, state]
-        lost = np.isinf(here) | (here == 0)  # inf: nothing in reach, or a known hole; 0: a goal
-        self.known[lost], self.goal[lost] = -1, False  # all untried again
-        onward = distance[self.row[:, None], self.known[self.row, state]]  # (N, A)
+        distance[:, self.unknown] = self.UNTRIED_COST
+        distance = distance_to_goal(self.leads_to, distance)
+        here = distance[self.env_index, state]
+        changed = np.isinf(here) | (here == 0)
+        self.leads_to[changed] = self.unknown
+        self.goal[changed] = False
+        next_tiles = self.leads_to[self.env_index, state]  # (N, A)
+        onward = distance[self.env_index[:, None], next_tiles]
         return np.argmin(onward + 1e-9 * self.rng.random(onward.shape), axis=1)
 
-    def learn(self, step):
-        row = self.row[step.playing]
-        self.known[row, step.state[row], step.action[row]] = step.successor[row]
-        row = row[step.terminated[row]]
-        self.known[row, step.successor[row]] = step.successor[row][:, None]  # an end is final
-        self.goal[row, step.successor[row]] = step.reward[row] > 0
+    def observe(self, transition):
+        lake = self.env_index[transition.active]
+        tile = transition.next_state[lake]
+        self.leads_to[lake, transition.state[lake], transition.action[lake]] = tile
+        lake = lake[transition.terminated[lake]]
+        tile = transition.next_state[lake]
+        self.leads_to[lake, tile] = tile[:, None]  # holes and goals lead nowhere else
+        self.goal[lake, tile] = transition.reward[lake] > 0
 
 
 def draw(lake, path=()):
-    """The lake as text, visited tiles in brackets and the last of them in <>."""
+    """The lake as text, with visited tiles in brackets and the last one in <>."""
     cells = [f"[{t}]" if i in path else f" {t} " for i, t in enumerate(lake.tiles)]
     if len(path):
         cells[path[-1]] = f"<{lake.tiles[path[-1]]}>"
@@ -361,21 +424,21 @@ def draw(lake, path=()):
 def main():
     rng = np.random.default_rng()
     lakes = random_lakes(1, rng, test=False)
-    env = worlds(lakes, rng)
-    players = {
-        "random": RandomPlayer(env, rng),
-        "tabular Q-learning": TabularQ(env, rng, greedy=lambda episode: episode / 30),
+    env = make_env(lakes, rng)
+    agents = {
+        "random": RandomAgent(env, rng),
+        "tabular Q-learning": TabularQ(env, rng, greedy_probability=lambda episode: episode / 30),
         "systematic explorer": Explorer(env, rng),
     }
     print("Returns of 30 episodes\n")
-    for name, player in players.items():
-        (played,) = roll_out(env, player, 30)
-        print(f"{name:20}" + "".join(f" {episode.total:.0f}" for episode in played))
-    print(f"\nThe last episode of the explorer\n\n{draw(lakes[0], played[-1].observations)}")
+    for name, agent in agents.items():
+        (episodes,) = rollout(env, agent, 30)
+        print(f"{name:20}" + "".join(f" {episode.episode_return:.0f}" for episode in episodes))
+    print(f"\nThe last episode of the explorer\n\n{draw(lakes[0], episodes[-1].observations)}")
 
 
 if __name__ == "__main__":
-    from llama import exit_in_one_sentence
+    from llama import user_errors
 
-    with exit_in_one_sentence():
+    with user_errors():
         main()

@@ -1,22 +1,25 @@
-"""Train a transformer to reinforcement-learn in its context.
+"""Train a transformer to do reinforcement learning in its context.
 
     python train.py                         a small Llama from random weights, on a laptop
     python train.py --model meta-llama/Llama-3.1-8B-Instruct    the paper, on one GPU
     python train.py --model RUN             the paper's method in miniature, on a run's network
-    python train.py --resume RUN            go on from a run's last checkpoint
+    python train.py --resume RUN            continues from a run's last checkpoint
     torchrun --nproc-per-node 2 train.py    several GPUs share each batch
 
 Sections 3 (optimisation) and 4.1 (data) of the paper.
 
 A run is a folder: recipe.json, tokenizer.json, what was trained (config.json and
-model.safetensors, or PEFT's files), state.safetensors (for --resume), log.csv and eval.py's curve.
+model.safetensors, or an adapter as PEFT saves it), state.pt (for --resume), log.csv, and the curves
+of eval.py.
 """
 
 import argparse
+import io
 import math
 import os
-from dataclasses import asdict, fields, replace
+import sys
 from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -26,122 +29,168 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from eval import on_lakes, sparkline, test_lakes
-from frozen_lake import Episode, TabularQ, random_lakes, roll_out, worlds
+from eval import evaluate, sparkline, unseen_lakes
+from frozen_lake import Episode, TabularQ, make_env, random_lakes, rollout
 from ia3 import IA3
-from icrl import Encoder, InContext, QNetwork, Recipe, Run, check_base, check_context, collate
-from icrl import compact_tokenizer, draw_set, encode_slice, load_run, model_probability, play
-from icrl import polyak_update, read_recipe, replacing, save, save_network, td_loss, td_targets
-from llama import DEVICE, Llama, LlamaConfig, device, exit_in_one_sentence, load_config, load_llama
-from llama import load_tensors, load_tokenizer
+from icrl import InContext, QNetwork, Recipe, Run, TranscriptTokenizer, atomic_write, check_base
+from icrl import check_context, collate, compact_tokenizer, draw_set, encode_slice
+from icrl import greedy_probability, load_run, play, polyak_update, read_recipe, save_json
+from icrl import save_network, td_loss, td_targets
+from llama import DEVICE, DTYPES, Llama, LlamaConfig, device_argument, free_memory, load_config
+from llama import load_llama, load_tokenizer, user_errors
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0
-ADAMW = {"learning_rate": 0.01, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0, "clip": 0.0}
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of processes
+RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # this one's number
+
+ADAMW = {"learning_rate": 0.01, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0}
 PAPER = Recipe(
     model="meta-llama/Llama-3.1-8B-Instruct",
     dtype="bfloat16",
     easy_until=0.0,
-    own=0.0,
-    hard=0.0,
+    final_tokens=0,
+    far_goals=0.0,
+    on_policy=0.0,
     lakes=250,
-    episodes=1500,  # a lake; on 250 about what the notebook's 9,556 slices hold
-    collection_steps=955,  # all of them, 10 slices each, from one collection: nothing is late
+    episodes=1500,  # on 250 lakes, about as many as the notebook's 9,556 slices hold
+    collection_steps=955,  # one collection for the whole training
     steps=955,
     tokens=4096,
-    late_tokens=0,
     batch=10,
     reward_scale=30.0,
+    grad_clip=0.0,
     **ADAMW,
 )
 
 
 # ---- the data
+EASY = {"sides": (3, 3), "goal_distance": 2}
+FARTHER = 3  # steps that a far goal is farther away
+RANDOM_FRACTION = 0.3  # of Q-learning's episodes, the first ones: it acts at random ...
+GREEDY_PROBABILITY = 0.8  # ... and from then on greedily with this probability
+ON_POLICY_LAKES = 64  # played by the network for each collection of the final phase
+STEPS_FRACTION = 0.8  # of the tokens of an on-policy trial; the rest is for starts and ends
+
+
 def collect(run, number):
-    """A collection's batches: Q-learning on new lakes and, once late, the network's own trials.
-    Recipe, number, process and network determine them.
-    """
-    recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK])
+    """Yield the batches of one collection. Recipe, number, process and network determine them."""
+    recipe = run.recipe
+    rng = np.random.default_rng([recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
-    late = progress >= recipe.late_from
+    final_phase = progress >= recipe.final_from
 
-    # Q-learning: the first episodes random, the others mostly greedy
-    env, at_random = new_worlds(recipe, recipe.lakes, progress, rng), 0.3 * recipe.episodes
-    player = TabularQ(env, rng, lambda episode: np.where(episode < at_random, 0.0, 0.8))
-    played = roll_out(env, player, recipe.episodes)
-    own = cycle(own_trials(run, number)) if late and recipe.own else None
+    # Q-learning plays each lake of this collection, at first randomly, then mostly greedily.
+    def schedule(episode):
+        random = episode < RANDOM_FRACTION * recipe.episodes
+        return np.where(random, 0.0, GREEDY_PROBABILITY)
 
-    def sets():  # endless: each slice begins with the next one
+    env = new_lakes(recipe, recipe.lakes, progress, rng)
+    episodes = rollout(env, TabularQ(env, rng, schedule), recipe.episodes)  # [lake][episode]
+
+    # In the final phase the network plays, too, and learns from its own mistakes.
+    on_policy = None
+    if final_phase and recipe.on_policy:
+        on_policy = cycle(on_policy_trials(run, number))
+
+    def endless_sets():
         while True:
             for lake in rng.permutation(len(env)):
-                by_network = own and rng.random() < recipe.own
-                yield next(own) if by_network else draw_set(played[lake], rng, recipe.quality)
+                if on_policy and rng.random() < recipe.on_policy:
+                    yield next(on_policy)
+                else:
+                    yield draw_set(episodes[lake], rng, recipe.quality)
 
-    stream, length = sets(), (recipe.context if late else recipe.tokens)
-    mine = range(max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE))
+    sets = endless_sets()
+    length = recipe.context if final_phase else recipe.tokens
     for _ in range(recipe.collection_steps):
-        yield collate([encode_slice(run.encoder, stream, length, recipe.gamma) for _ in mine])
+        slices = range(slices_per_process(recipe, length))
+        yield collate([encode_slice(run.tokenizer, sets, length, recipe.gamma) for _ in slices])
 
 
-def new_worlds(recipe, count, progress, rng):
-    """The environment at this share of the training: ever fewer easy lakes, late hard ones."""
-    late, easy = progress >= recipe.late_from, 0
+def slices_per_process(recipe, length):
+    """How many slices of this length a process adds to a batch: about the same number of tokens."""
+    return max(1, recipe.batch * recipe.tokens // length // WORLD_SIZE)
+
+
+def batches(run, step):
+    """All batches from an optimizer step on, collection after collection."""
+    first, already_learned = divmod(step, run.recipe.collection_steps)
+    yield from islice(collect(run, first), already_learned, None)
+    for number in count(first + 1):
+        yield from collect(run, number)
+
+
+def new_lakes(recipe, count, progress, rng):
+    """The environment of `count` lakes at a fraction of the training; no lake is a test lake."""
+    final_phase = progress >= recipe.final_from
+    easy, far = 0, 0
     if progress < recipe.easy_until:
         easy = round(count * (1 - progress / recipe.easy_until))
-    hard = round((count - easy) * recipe.hard * late)
-    lakes = random_lakes(easy, rng, (3, 3), 2, test=False)
-    lakes += random_lakes(count - easy - hard, rng, recipe.sides, recipe.min_hops, test=False)
-    if hard:  # else there need not be any
-        lakes += random_lakes(hard, rng, (recipe.max_side,) * 2, recipe.min_hops + 3, test=False)
+    if final_phase:
+        far = round((count - easy) * recipe.far_goals)
+    lakes = random_lakes(easy, rng, **EASY, test=False)
+    lakes += random_lakes(count - easy - far, rng, recipe.sides, recipe.goal_distance, test=False)
+    if far:
+        sides = (recipe.max_side, recipe.max_side)
+        lakes += random_lakes(far, rng, sides, recipe.goal_distance + FARTHER, test=False)
     assert not any(lake.is_test for lake in lakes)
-    shares = recipe.shuffled, recipe.windows * late, recipe.slippery
-    return worlds(lakes, rng, recipe.max_steps, *shares)
+    cropped = recipe.cropped * final_phase
+    return make_env(lakes, rng, recipe.max_steps, recipe.shuffled, cropped, recipe.slippery)
 
 
-def own_trials(run, number):
-    """What the network does on 64 lakes, each for about as long as a slice; on every second one
-    random actions are forced. Only its own mistakes teach it what loops and detours are worth.
+def on_policy_trials(run, number):
+    """Trials that the network plays on new lakes, each about as long as a slice, in random order.
+
+    Only its own mistakes teach it how little loops and detours are worth. On every second lake it
+    plays with the exploration schedule, on the others greedily.
     """
-    recipe, rng = run.recipe, np.random.default_rng([run.recipe.seed, number, RANK, 1])
-    env = new_worlds(recipe, 64, progress=1.0, rng=rng)
+    recipe = run.recipe
+    rng = np.random.default_rng([recipe.seed, number, RANK, 1])
+    env = new_lakes(recipe, ON_POLICY_LAKES, progress=1.0, rng=rng)
 
-    def probability(episode):
-        return np.where(env.row % 2, model_probability(episode), 1.0)
+    def schedule(episode):
+        return np.where(env.env_index % 2, greedy_probability(episode), 1.0)
 
-    a_step = len(run.encoder.tokens(run.encoder.step(0, 0, 0.0, False, False)))
-    steps = int(0.8 * recipe.context / a_step)  # the rest is for episodes' ends
-    played = roll_out(env, InContext(run, env, rng, probability), math.inf, limit=steps)
-    return [played[i] for i in rng.permutation(len(env))]  # hard lakes are the last
+    steps = int(STEPS_FRACTION * recipe.context / run.tokenizer.longest_step)
+    trials = rollout(env, InContext(run, env, rng, schedule), math.inf, step_limit=steps)
+    return [trials[i] for i in rng.permutation(len(env))]  # lakes with far goals came last
 
 
 # ---- the network
-def new_network(recipe, encoder):
-    """A small Llama with random weights: deviation 0.02, less where a layer adds to its input."""
-    vocab_size, D, heads = encoder.tokenizer.get_vocab_size(), recipe.width, recipe.heads
+def new_network(recipe, tokenizer):
+    """A small Llama with random weights of deviation 0.02, less where a layer adds to its input."""
+    D, heads = recipe.width, recipe.heads
     if D % (2 * heads):
-        raise ValueError(f"--width has to be a multiple of {2 * heads}, twice --heads.")
-    sizes = (vocab_size, D, 3 * D, recipe.layers, heads, heads, D // heads)
-    longest = max(2048, recipe.tokens, recipe.context)
-    llama = Llama(LlamaConfig(*sizes, max_position_embeddings=longest))
+        raise ValueError(f"--width has to be a multiple of {2 * heads}, twice --heads, not {D}.")
+    config = LlamaConfig(
+        vocab_size=tokenizer.tokenizer.get_vocab_size(),
+        hidden_size=D,
+        intermediate_size=3 * D,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=D // heads,
+        max_position_embeddings=max(2048, recipe.tokens, recipe.context),
+    )
+    llama = Llama(config)
     generator = torch.Generator().manual_seed(recipe.seed)
-    for name, p in llama.named_parameters():
-        if p.ndim == 2:
-            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * recipe.layers) if adds else 0.02
-            nn.init.normal_(p, std=std, generator=generator)
-    return QNetwork(llama, encoder.action_tokens)
+    for name, weight in llama.named_parameters():
+        if weight.ndim == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * recipe.layers) if residual else 0.02
+            nn.init.normal_(weight, std=std, generator=generator)
+    return QNetwork(llama, tokenizer.action_tokens)
 
 
-def kept_bytes(config, tokens, dtype):
-    """About what autograd keeps of a forward pass: tests/test_benchmark.py counts it."""
-    a_token = 9 * config.hidden_size + 4 * config.intermediate_size
-    a_token += 2 * config.num_key_value_heads * config.head_dim
-    return tokens * config.num_hidden_layers * a_token * dtype.itemsize
+def activation_bytes(config, tokens, dtype):
+    """About what autograd stores of a forward pass; tests/test_benchmark.py counts it."""
+    per_token = 9 * config.hidden_size + 4 * config.intermediate_size
+    per_token += 2 * config.num_key_value_heads * config.head_dim
+    return tokens * config.num_hidden_layers * per_token * dtype.itemsize
 
 
-# ---- the training
+# ---- the optimizers
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (Jordan et al. 2024), but in float32: most CPUs are slow at its bfloat16."""
+    """torch.optim.Muon (Jordan et al. 2024), but in float32: most CPUs are slow in bfloat16."""
 
     @torch.no_grad()
     def step(self):
@@ -149,15 +198,15 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
-            direction = orthogonal(p.grad.lerp(momentum, 0.95))
+            direction = newton_schulz(p.grad.lerp(momentum, 0.95))
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.sub_(group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])) * direction)
 
 
-def orthogonal(x):
-    """About the matrix with the singular vectors of x and singular values of 1: Newton-Schulz."""
+def newton_schulz(x):
+    """About the matrix with the singular vectors of x whose singular values are all 1."""
     if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
+        return newton_schulz(x.T).T
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -167,9 +216,9 @@ def orthogonal(x):
 
 
 def make_optimizers(recipe, network):
-    """AdamW, or AdamW and Muon for the layers' matrices; their defaults hold the full rates."""
+    """AdamW, and Muon for the layers' matrices. Their `defaults` keep the full learning rates."""
     matrices, rest = [], []
-    for name, p in network.trained().items():
+    for name, p in network.trainable_parameters().items():
         by_muon = recipe.muon_rate and ".layers." in name and p.ndim == 2
         (matrices if by_muon else rest).append(p)
     optimizers = [torch.optim.AdamW(rest, recipe.learning_rate, weight_decay=0.01)]
@@ -178,272 +227,316 @@ def make_optimizers(recipe, network):
     return optimizers
 
 
-def schedule(recipe, step):
-    """The share of the full learning rates: linear warm-up, constant, linear fall to 0.03."""
-    fall = max(0.0, step / recipe.steps - recipe.decay_from) / max(1e-9, 1 - recipe.decay_from)
-    return min(1.0, (step + 1) / recipe.warm_up) * (1 - 0.97 * fall)
+def learning_rate_factor(recipe, step):
+    """Linear warm-up to 1, then constant, then a linear fall to 0.03."""
+    decay = max(0.0, step / recipe.steps - recipe.decay_from) / max(1e-9, 1 - recipe.decay_from)
+    return min(1.0, (step + 1) / recipe.warm_up) * (1 - 0.97 * decay)
+
+
+# ---- the training
+LOG_HEADER = "step,loss,mean_q,mean_target,learning_rate,gradient_norm"
+EVAL_LAKES = 32  # played every --eval-every steps
+CHECKPOINT_STEPS = 50  # between checkpoints, where any step can have one
 
 
 def train(run, args):
-    """Train from the last checkpoint, or the start, to the last step."""
-    recipe, online, llama = run.recipe, run.network, run.network.llama
-    for slices in recipe.batch, max(1, recipe.batch * recipe.tokens // recipe.context):
-        if slices % WORLD_SIZE:
-            raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {slices} slices.")
-    delayed, optimizers = online.delayed_copy(), make_optimizers(recipe, online)
-    parameters, device = online.trained().values(), online.action_tokens.device
-    at_once = 1 if recipe.model else recipe.batch  # slices in a pass
-    tokens = max(at_once * recipe.tokens, recipe.context)
-    kept = kept_bytes(llama.config, tokens, llama.unembedding.dtype)
-    llama.checkpointing = kept > llama.free_bytes
+    """Train from the last checkpoint, or from the start, to the last step."""
+    recipe = run.recipe
+    online = run.network
+    target = online.target_copy()
+    optimizers = make_optimizers(recipe, online)
+    step = load_state(run, target, optimizers)
+    log = read_log(run, step)
+    slices_per_pass = plan_memory(run)
     q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
-    # own trials are played by the weights at a collection's start: resumed runs must begin there
-    save_every = recipe.collection_steps if recipe.own else 50
-    step = load_state(run, delayed, optimizers)
-    first, skip = divmod(step, recipe.collection_steps)
-    stream = (batch for number in count(first) for batch in collect(run, number))
-    stream = islice(stream, skip, None)
+    # On-policy trials are played by the weights with which a collection begins. So a run with such
+    # trials can only be resumed where a collection begins.
+    checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
-    log = ["step,loss,mean_q,mean_target,learning_rate,gradient_norm"]
-    if step:
-        log = (run.folder / "log.csv").read_text().splitlines()[: step + 1]
 
-    while step < recipe.steps:
-        batch = next(stream).to(device)
+    for batch in islice(batches(run, step), recipe.steps - step):
+        batch = batch.to(online.action_tokens.device)
 
-        # the loss and its gradient
+        # The loss and its gradient, summed over micro batches.
         online.zero_grad()
-        means = torch.zeros(3, device=device)
-        for part in batch.split(at_once):
-            q = q_values(online, part.tokens, part.positions)  # (B, N, A)
+        means = 0
+        for micro in batch.split(slices_per_pass):
+            q = q_values(online, micro.tokens, micro.positions)  # (B, N, A)
             with torch.no_grad():
-                q_delayed = q_values(delayed, part.tokens, part.positions)  # (B, N, A)
-            rewards = recipe.reward_scale * part.rewards
-            targets = td_targets(q, q_delayed, rewards, part.discounts)  # (B, N)
-            loss = td_loss(q, part.actions, targets, part.mask)
-            share = part.mask.sum() / batch.mask.sum()
-            (share * loss).backward()
-            taken = q.detach().gather(-1, part.actions[..., None]).squeeze(-1)
-            seen = (loss.detach(), taken[part.mask].mean(), targets[part.mask].mean())
-            means += share * torch.stack(seen)
-        average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf).item()
-        if not math.isfinite(norm):
-            bar.close()
-            hint = (
-                "float16 may be too small for it"
-                if recipe.dtype == "float16"
-                else "lower the rates"
-            )
-            raise ValueError(f"The gradient's norm is {norm} after {step} steps: {hint}.")
+                q_target = q_values(target, micro.tokens, micro.positions)  # (B, N, A)
+            rewards = recipe.reward_scale * micro.rewards
+            targets = td_targets(q, q_target, rewards, micro.discounts)  # (B, N)
+            loss = td_loss(q, micro.actions, targets, micro.mask)
+            weight = micro.mask.sum() / batch.mask.sum()
+            (weight * loss).backward()
+            means = means + weight * logged_means(micro, q, targets, loss)
+        average_gradients(online)
+        norm = clip_gradients(recipe, online, step)
 
-        # theta learns, phi follows
+        # The online network learns, and the target network follows.
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule(recipe, step)
+            learning_rate = optimizer.defaults["lr"] * learning_rate_factor(recipe, step)
+            optimizer.param_groups[0]["lr"] = learning_rate
             optimizer.step()
-        polyak_update(online, delayed, recipe.alpha)
+        polyak_update(online, target, recipe.alpha)
         step += 1
 
-        # the log, a look at unseen lakes, a checkpoint
+        # The log, an evaluation on unseen lakes, a checkpoint.
         if RANK == 0:
             row = (step, *means.tolist(), optimizers[0].param_groups[0]["lr"], norm)
             log.append(",".join(f"{value:.6g}" for value in row))
             bar.set_postfix_str("loss {:.4f}, Q {:.3f}, target {:.3f}".format(*row[1:4]), False)
             bar.update()
-            if step % args.look_every == 0 and step < recipe.steps:
-                look = sparkline(play(run, test_lakes(32, recipe.sides, recipe.min_hops), seed=0))
-                bar.write(f"step {step}: mean return on 32 unseen lakes, episodes 0-29: {look}")
-            if step % save_every == 0 or step == recipe.steps:
-                with replacing(run.folder / "log.csv") as path:
+            if step % args.eval_every == 0 and step < recipe.steps:
+                lakes = unseen_lakes(EVAL_LAKES, recipe.sides, recipe.goal_distance)
+                returns = sparkline(play(run, lakes, seed=0))
+                text = f"step {step}: mean return on {EVAL_LAKES} unseen lakes {returns}"
+                bar.write(text, file=sys.stderr)  # a reader of stdout may have gone long ago
+            if step % checkpoint_every == 0 or step == recipe.steps:
+                with atomic_write(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
-                save_state(run, delayed, optimizers, step)  # --resume takes theta from this
+                save_state(run, target, optimizers, step)
                 save_network(run)
     bar.close()
 
 
-def learning(online, delayed):
-    """The parameters of theta and phi, by their names in state.safetensors."""
-    theta = {f"online.{name}": p.detach() for name, p in online.trained().items()}
-    return theta | {f"delayed.{name}": p.detach() for name, p in delayed.trained().items()}
+def plan_memory(run):
+    """Decide whether layers are recomputed; returns the size of a micro batch, in slices."""
+    recipe = run.recipe
+    llama = run.network.llama
+    slices = 1 if recipe.model else recipe.batch
+    tokens = max(slices * recipe.tokens, recipe.context)
+    needed = activation_bytes(llama.config, tokens, llama.unembedding.dtype)
+    llama.checkpointing = needed > free_memory(llama.unembedding.device)
+    return slices
 
 
-def save_state(run, delayed, optimizers, step):
-    """What --resume needs, in one file."""
-    tensors = {"step": torch.tensor(step), "processes": torch.tensor(WORLD_SIZE)}
-    tensors |= learning(run.network, delayed)
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{number}.{index}.{name}": value for name, value in state.items()}
-    save(run.folder / "state.safetensors", tensors)
+def logged_means(batch, q, targets, loss):
+    """The loss, and the means of Q(tau, a) and of the targets, (3,)."""
+    taken = q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)
+    return torch.stack((loss.detach(), taken[batch.mask].mean(), targets[batch.mask].mean()))
 
 
-def load_state(run, delayed, optimizers):
-    """Take up what `save_state` wrote, if anything; returns the step."""
-    if not (path := run.folder / "state.safetensors").exists():
+def clip_gradients(recipe, network, step):
+    """Limit the gradient's norm to `recipe.grad_clip`; returns the norm before, if it is finite."""
+    parameters = network.trainable_parameters().values()
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf).item()
+    if not math.isfinite(norm):
+        advice = "lower the learning rates"
+        if recipe.dtype == "float16":
+            advice += ", or take bfloat16: float16 may be too small for it"
+        raise ValueError(f"The gradient's norm is {norm} after {step} steps: {advice}.")
+    return norm
+
+
+# ---- checkpoints
+def training_tensors(run, target):
+    """What is trained, and the target network's copy of it, by name."""
+    networks = {"online": run.network, "target": target}
+    return {name: network.trainable_parameters() for name, network in networks.items()}
+
+
+def save_state(run, target, optimizers, step):
+    """Write all that --resume needs to one file, in one go."""
+    state = training_tensors(run, target) | {"step": step, "processes": WORLD_SIZE}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    content = io.BytesIO()
+    torch.save(state, content)
+    with atomic_write(run.folder / "state.pt") as path:
+        path.write_bytes(content.getbuffer())
+
+
+@torch.no_grad()
+def load_state(run, target, optimizers):
+    """Take over what `save_state` wrote, if there is such a file; returns the step."""
+    path = run.folder / "state.pt"
+    if not path.exists():
         return 0
-    tensors = load_tensors(path)
     try:
-        step, processes = tensors.pop("step").item(), tensors.pop("processes").item()
-        for name, p in learning(run.network, delayed).items():
-            p.copy_(tensors.pop(name))
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        for key, value in tensors.items():
-            number, index, name = key.split(".")
-            states[int(number)]["state"].setdefault(int(index), {})[name] = value
-        for optimizer, state in zip(optimizers, states):
-            if state["state"] and state["state"].keys() != {*state["param_groups"][0]["params"]}:
-                raise ValueError("another optimizer's")
-            optimizer.load_state_dict(state)
-            for p, of_p in optimizer.state.items():
-                if any(value.ndim and value.shape != p.shape for value in of_p.values()):
-                    raise ValueError("another shape's")
-    except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is of another recipe: was recipe.json edited?") from error
-    if processes != WORLD_SIZE and RANK == 0:
-        print(f"{processes} processes began, {WORLD_SIZE} go on: the data will be other ones.")
-    return step
+        state = torch.load(path, weights_only=True)
+        for name, parameters in training_tensors(run, target).items():
+            for key, parameter in parameters.items():
+                parameter.copy_(state[name][key])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except Exception as error:  # damaged, or saved with other settings
+        message = f"{path} does not fit the run: is the file whole, and recipe.json as it was?"
+        raise ValueError(message) from error
+    if state["processes"] != WORLD_SIZE and RANK == 0:
+        print(
+            f"{state['processes']} processes became {WORLD_SIZE}: from here on the data are others."
+        )
+    return state["step"]
+
+
+def read_log(run, step):
+    """The lines of log.csv up to a step."""
+    if step == 0:
+        return [LOG_HEADER]
+    return (run.folder / "log.csv").read_text().splitlines()[: step + 1]
 
 
 # ---- several GPUs, under torchrun
-# Each process draws its share of a batch from its own seed; all average their gradients, so their
-# networks stay the same. The first one writes.
+# Each process draws its part of a batch from its own seed. All of them average their gradients, so
+# their networks stay the same. The first process writes the files.
 
 
-def join_group(device):
-    """Meet the other processes, if any; returns this one's device."""
+def init_distributed(device):
+    """Meet the other processes, if there are any; returns this one's device."""
     if WORLD_SIZE == 1:
         return device
     if device == "cuda":
-        torch.cuda.set_device(
-            int(os.environ["LOCAL_RANK"])
-        )  # else each opens a context on the first
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)  # else each process would take memory of the first GPU
     backend = "nccl" if device.startswith("cuda") else "gloo"
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    return device
 
 
-def average_gradients(parameters):
+def average_gradients(network):
+    """Give every process the mean of all processes' gradients."""
     if WORLD_SIZE > 1:
-        for p in parameters:
+        for p in network.trainable_parameters().values():
             torch.distributed.all_reduce(p.grad)
             p.grad /= WORLD_SIZE
 
 
-def recipe_of(args):
-    """The recipe that the flags ask for: they change the default, PAPER or a run's (--model)."""
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    given = {name: value for name, value in given.items() if value is not None}
+# ---- the command line
+def recipe_from_args(args):
+    """The recipe that the flags ask for: they change the default, PAPER, or that of --model RUN."""
+    flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    flags = {name: value for name, value in flags.items() if value is not None}
     if args.resume:
-        wrong, kind = given.keys() | ({"out"} if args.out else set()), "new runs"
-    elif args.model:
-        wrong, kind = given.keys() & {"layers", "width", "heads", "muon_rate"}, "a new network"
-    else:
-        wrong, kind = given.keys() & {"revision", "dtype"}, "a base"
-    if wrong:
-        raise ValueError(f"--{min(wrong).replace('_', '-')} is for {kind}: leave it out.")
-    if not args.model:  # --resume ignores it
-        return Recipe(**given)
-    folder, base = Path(args.model), None
+        misplaced = flags.keys() | ({"out"} if args.out else set())
+        refuse(misplaced, "is for new runs")
+    if not args.model:
+        refuse(flags.keys() & {"revision", "dtype"}, "is for a base model")
+        return Recipe(**flags)  # --resume ignores it
+    refuse(flags.keys() & {"layers", "width", "heads", "muon_rate"}, "is for a new network")
+
+    folder = Path(args.model)
+    base = None
     if folder.is_dir():
-        if "revision" in given:
-            raise ValueError(f"--revision is for the Hub, but {folder} is a folder: leave it out.")
-        given["model"], base = str(folder.resolve()), read_recipe(folder)
-    if base is None:  # no run of ours
-        return replace(PAPER, **given)
+        refuse(flags.keys() & {"revision"}, f"is for the Hub, but {folder} is a folder")
+        flags["model"] = str(folder.resolve())
+        base = read_recipe(folder)
+    if base is None:  # a checkpoint of somebody else
+        return replace(PAPER, **flags)
     if base.model:
-        raise ValueError(f"{args.model} is itself an adapter: name its base.")
-    return replace(base, **{"easy_until": 0.0} | ADAMW | given)  # the rest is the run's
+        raise ValueError(f"{folder} is itself an adapter: name its base.")
+    return replace(
+        base, **({"easy_until": 0.0, "grad_clip": 0.0} | ADAMW | flags)
+    )  # the base knows easy lakes
 
 
-def begin(recipe, folder, device):
-    """A new run: its network, and its folder, by default runs/NUMBER, once all is right."""
-    if RANK == 0 and folder and any(folder.glob("*")):
-        raise ValueError(f"{folder} is not empty: choose another --out, or --resume {folder}.")
-    tokenizer = compact_tokenizer()
+def refuse(names, reason):
+    """ValueError if there are any such flags."""
+    if names:
+        raise ValueError(f"--{min(names).replace('_', '-')} {reason}: leave it out.")
+
+
+def create_run(recipe, out, device):
+    """A new run and its folder, which is made only when nothing can be refused any more."""
+    if out and RANK == 0 and any(out.glob("*")):
+        raise ValueError(f"{out} is not empty: choose another --out, or --resume {out}.")
     if recipe.model:
         config, source = load_config(recipe.model, recipe.revision)
         check_base(recipe, config)
-        tokenizer = load_tokenizer(source)
-        recipe = replace(recipe, revision="" if Path(recipe.model).is_dir() else source.name)
-    vocab_size = config.vocab_size if recipe.model else tokenizer.get_vocab_size()
-    encoder = Encoder(tokenizer, vocab_size)
-    opening, step = encoder.longest()
-    if recipe.tokens < opening + 2 * step:
-        raise ValueError(
-            f"--tokens has to be at least {opening + 2 * step}, so that an action counts."
-        )
-    check_context(encoder, recipe.context, recipe.max_steps)
-    test_lakes(200, recipe.sides, recipe.min_hops)  # raise if too few
-    new_worlds(recipe, max(64, recipe.lakes), 1.0, np.random.default_rng(0))
-    if recipe.model:
-        llama = load_llama(recipe.model, getattr(torch, recipe.dtype), device, recipe.revision)
-        network = QNetwork(llama, encoder.action_tokens, IA3(llama.config).to(device))
+        commit = "" if Path(recipe.model).is_dir() else source.name
+        recipe = replace(recipe, revision=commit)
+        tokenizer = TranscriptTokenizer(load_tokenizer(source), config.vocab_size)
     else:
-        network = new_network(recipe, encoder).to(device)
-    folder = claim(folder) if RANK == 0 else Path("runs")  # which only the first one uses
-    run = Run(folder, recipe, network, encoder)
+        compact = compact_tokenizer()
+        tokenizer = TranscriptTokenizer(compact, compact.get_vocab_size())
+    check_recipe(recipe, tokenizer)
+
+    if recipe.model:
+        llama = load_llama(recipe.model, DTYPES[recipe.dtype], device, recipe.revision)
+        network = QNetwork(llama, tokenizer.action_tokens, IA3(llama.config).to(device))
+    else:
+        network = new_network(recipe, tokenizer).to(device)
+
+    run = Run(claim_folder(out), recipe, network, tokenizer)
     if RANK == 0:
-        with replacing(folder / "tokenizer.json") as path:
-            tokenizer.save(str(path))
-        save_network(run)  # a run stopped at once can be resumed too
-        if not recipe.model:
-            save(folder / "config.json", network.llama.config.to_dict())
-        save(folder / "recipe.json", asdict(recipe))
+        with atomic_write(run.folder / "tokenizer.json") as path:
+            tokenizer.tokenizer.save(str(path))
+        save_network(run)  # so that a run that is stopped at once can be resumed, too
+        save_json(run.folder / "recipe.json", asdict(recipe))
     return run
 
 
-def claim(folder):
-    """Make the folder, or the first of runs/1, runs/2 ... that nobody else has made."""
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+def check_recipe(recipe, tokenizer):
+    """ValueError for settings that do not go together."""
+    for length in (recipe.tokens, recipe.context):
+        slices = max(1, recipe.batch * recipe.tokens // length)
+        if slices % WORLD_SIZE:
+            raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {slices} slices.")
+    shortest = tokenizer.longest_episode(2)
+    if recipe.tokens < shortest:
+        raise ValueError(f"--tokens has to be at least {shortest}, not {recipe.tokens}.")
+    check_context(tokenizer, recipe.context, recipe.max_steps)
+    unseen_lakes(1, recipe.sides, recipe.goal_distance)
+    new_lakes(recipe, max(ON_POLICY_LAKES, recipe.lakes), 1.0, np.random.default_rng(0))
+
+
+def claim_folder(out):
+    """Make the folder, or the first of runs/1, runs/2, ... that no other run has made."""
+    if RANK > 0:
+        return Path()  # the first process writes all files
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        return out
     for number in count(1):
         with suppress(FileExistsError):
-            (folder := Path(f"runs/{number}")).mkdir(parents=True)
+            folder = Path(f"runs/{number}")
+            folder.mkdir(parents=True)
             return folder
+
+
+def check_compiler(device):
+    """ValueError if torch.compile does not work here."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--compile does not work on this machine: {reason}") from error
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=Path, help="folder (default: runs/NUMBER)")
-    add("--resume", type=Path, metavar="RUN", help="go on with this run")
-    add("--device", type=device, default=DEVICE)
-    add("--compile", action="store_true", help="compile for a minute, run faster")
-    add("--look-every", type=int, default=1200, help="steps (default: %(default)s)")
-    add("--trials", type=int, default=200, help="lakes played at the end")
-    group = parser.add_argument_group("recipe (defaults: a new network's)")
+    add("--out", type=Path, help="folder of the new run (default: runs/NUMBER)")
+    add("--resume", type=Path, metavar="RUN", help="continue this run")
+    add("--device", type=device_argument, default=DEVICE, help="cpu, cuda, cuda:1, ...")
+    add("--compile", action="store_true", help="compile the network: a minute first, then faster")
+    add("--eval-every", type=int, default=1200, help="steps between evaluations")
+    add("--trials", type=int, default=200, help="lakes to play at the end")
+    group = parser.add_argument_group("recipe (with --model other defaults: see PAPER)")
     for f in fields(Recipe):
         text = f"{f.metadata['help']} (default: {f.default})"
         group.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), help=text)
     args = parser.parse_args(arguments)
-    if min(args.look_every, args.trials) < 1:
-        raise ValueError("--look-every and --trials have to be at least 1.")
-    recipe, here = recipe_of(args), join_group(args.device)
+    if min(args.eval_every, args.trials) < 1:
+        raise ValueError("--eval-every and --trials have to be at least 1.")
+
+    recipe = recipe_from_args(args)
+    device = init_distributed(args.device)
     if args.compile:
-        try:
-            torch.compile(torch.neg)(torch.ones(8, device=here))
-        except RuntimeError as error:
-            raise ValueError(
-                f"--compile does not work here: {str(error).splitlines()[0]}"
-            ) from error
-    if args.resume:
-        run = load_run(args.resume, here)
-        for leftover in args.resume.glob("tmp.*"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
-    else:
-        run = begin(recipe, args.out, here)
-    folder, size = run.folder, sum(p.numel() for p in run.network.trained().values())
+        check_compiler(device)
+    run = load_run(args.resume, device) if args.resume else create_run(recipe, args.out, device)
     if RANK == 0:
-        print(f"{folder}: {size:,} parameters learn. Ctrl-C stops, --resume {folder} goes on.")
-        pieces = run.encoder.write(Episode([2, 6, 7], [1, 2], [0, 1]))
-        print(f"An episode as it reads it: {''.join(pieces)!r}")
+        for leftover in run.folder.glob("tmp.*"):  # of a process that was killed
+            leftover.unlink()
+        parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
+        print(f"{run.folder}: {parameters:,} parameters learn. Stop with Ctrl-C,", end=" ")
+        print(f"continue with --resume {run.folder}.")
+        example = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
+        print(f"An episode as the network reads it: {run.tokenizer.text(example)!r}")
     train(run, args)
     if RANK == 0:
-        save_network(run)  # a kill may have left an old one
-        on_lakes("unseen", [run], folder, args.trials, seed=0)
+        evaluate("unseen", [run], run.folder / "unseen", args.trials)
 
 
 if __name__ == "__main__":
-    with exit_in_one_sentence():
+    with user_errors():
         main()
