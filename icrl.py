@@ -135,7 +135,9 @@ class TranscriptTokenizer:
         tokens = [self.tokens(segment) for segment in segments]
         self.action_tokens = [self.transition(step)[0] for step in steps]
         self.longest_segment = max(map(len, tokens))
-        self.longest_step = max(map(len, tokens[1::6]))  # of those that do not end an episode
+        plain = [len(tokens[i + j]) for i in range(0, len(tokens), 6) for j in range(1, 5)]
+        self.shortest_step = min(plain)
+        self.longest_step = max(plain)
         if max(map(max, tokens)) >= vocab_size:
             return f"has tokens that the network, with {vocab_size} of them, does not know"
         if len(set(self.action_tokens)) < len(ACTIONS):
@@ -170,6 +172,10 @@ class TranscriptTokenizer:
         transitions = map(self.transition, episode.transitions())
         return list(chain(self.start(episode.observations[0]), *transitions))
 
+    def most_actions(self, length):
+        """The most action positions that a slice can have."""
+        return length // self.shortest_step + 1
+
     def longest_episode(self, steps):
         """An upper limit of the tokens that an episode with this many steps has."""
         return steps * self.longest_step + 2 * self.longest_segment
@@ -177,7 +183,10 @@ class TranscriptTokenizer:
 
 # ---- from tokens to slices
 class Batch(NamedTuple):
-    """Slices, and what the loss needs of them, padded at the right to N action positions."""
+    """Slices, and what the loss needs of them, padded at the right to N action positions.
+
+    N depends on T only, so that shapes stay the same from batch to batch.
+    """
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, N) int64, where Q is read
@@ -239,13 +248,15 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
     n = sum(position < length for position in positions)
     mask = [True] * n
     mask[-1] = discounts[n - 1] == 0.0
-    columns = (tokens[:length], positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
-    return Batch(*map(torch.tensor, columns))
+    columns = (positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
+    padding = (0, tokenizer.most_actions(length) - n)
+    padded = [F.pad(torch.tensor(column), padding) for column in columns]
+    return Batch(torch.tensor(tokens[:length]), *padded)
 
 
 def collate(slices):
-    """A Batch of slices, padded with zeros to the one with the most action positions."""
-    return Batch(*(pad_sequence(column, batch_first=True) for column in zip(*slices)))
+    """A Batch of slices of the same length."""
+    return Batch(*map(torch.stack, zip(*slices)))
 
 
 # ---- the network
@@ -299,7 +310,7 @@ def td_loss(q_online: Tensor, actions: Tensor, targets: Tensor, mask: Tensor) ->
     q_online (B, N, A); actions, targets, mask (B, N); returns a scalar.
     """
     error = targets - q_online.gather(-1, actions[..., None]).squeeze(-1)  # (B, N)
-    return error[mask].square().mean()
+    return (mask * error.square()).sum() / mask.sum()
 
 
 @torch.no_grad()
@@ -414,13 +425,13 @@ class InContext:
         """Let the network read the pending tokens of some rows (a slice), and note its Q-values."""
         trials = self.trial_of[rows]
         cache = self.cache[rows]
-        device = cache.lengths.device
+        device = cache.keys.device
         pending = [torch.tensor(self.pending[trial], dtype=torch.long) for trial in trials]
-        counts = torch.tensor([len(tokens) for tokens in pending], device=device)  # (rows,)
+        counts = torch.tensor([len(tokens) for tokens in pending])  # (rows,)
         if not counts.any():
             return
         chunk = pad_sequence(pending, batch_first=True).to(device)  # (rows, T)
-        last = (counts - 1).clamp(min=0)[:, None]  # (rows, 1)
+        last = (counts - 1).clamp(min=0)[:, None].to(device)  # (rows, 1)
         q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
         cache.lengths += counts  # in place: a slice of a cache is a view
         for trial, values in zip(trials, q):

@@ -26,10 +26,13 @@ from huggingface_hub import errors, snapshot_download
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SLOTS_MULTIPLE = 128  # kernels are fastest, and planned only once, if the cache grows in such steps
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 REQUIRED = {  # settings of a config.json that have to be so, where they are given
     "model_type": "llama",
@@ -135,16 +138,19 @@ class KVCache:
     """Keys and values of all past tokens; row b holds lengths[b] of them.
 
     Rows advance at their own pace. A chunk (B, T) may be padded at the right; whoever feeds it must
-    then add each row's number of real tokens to `lengths`. Padding takes slots too, but no real
+    then add each row's number of real tokens to `lengths`. Padding takes slots, too, but no real
     token attends to it, and the row's next tokens overwrite it.
+
+    `lengths` are on the CPU, so that nobody has to wait for a GPU to know them.
     """
 
     def __init__(self, llama, rows, slots):
         config = llama.config
+        slots = round_up(slots)
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
         self.keys = llama.unembedding.new_zeros(shape)  # (L, B, K, S, hd)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = self.keys.new_zeros(rows, dtype=torch.long)  # (B,)
+        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,), on the CPU
 
     def __getitem__(self, rows):
         """Some rows. A list of rows gives a copy; a slice gives a view, which shares its memory."""
@@ -163,6 +169,10 @@ class KVCache:
         self.keys[layer][rows, :, indices] = keys.transpose(1, 2)  # (B, T, K, hd)
         self.values[layer][rows, :, indices] = values.transpose(1, 2)
         return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
+
+
+def round_up(slots):
+    return -(-slots // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
 
 
 # ---- the network
@@ -184,7 +194,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -214,18 +224,31 @@ class Attention(nn.Module):
         q = rotate(q, position.cos, position.sin)
         k = rotate(k, position.cos, position.sin)
 
-        grouped = q.shape[1] != k.shape[1]  # several query heads share a key/value head
         if cache is None:  # training: each token attends to itself and the tokens before it
+            grouped = q.shape[1] != k.shape[1]  # several query heads share a key/value head
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:  # playing: the new tokens attend to the cache, of which they are now the end
             used = position.mask.shape[-1]
             k, v = cache.append(layer, position.indices, k, v, used)  # (B, K, S, hd)
-            y = F.scaled_dot_product_attention(q, k, v, position.mask, enable_gqa=grouped)
+            y = attend_to_cache(q, k, v, position.mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
     def split_heads(self, x):
         """(B, T, heads * hd) -> (B, heads, T, hd)"""
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attend_to_cache(q, k, v, mask):
+    """Attention of queries (B, H, T, hd) to keys and values (B, K, S, hd) by mask (B, 1, T, S).
+
+    Few GPU kernels take both a mask and grouped heads. So all queries that share a key/value head
+    become queries of that head: (B, K, H / K * T, hd).
+    """
+    groups = q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    with sdpa_kernel(KERNELS):
+        y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
+    return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
 
 
 class MLP(nn.Module):
@@ -291,13 +314,14 @@ class Llama(nn.Module):
         # Where each token stands: after the tokens that the cache already holds.
         indices = torch.arange(tokens.shape[1], device=x.device)[None]  # (1, T)
         if cache is not None:
-            indices = cache.lengths[:, None] + indices  # (B, T)
+            indices = cache.lengths.to(x.device)[:, None] + indices  # (B, T)
 
         # A token attends to the slots up to its own. That hides the padding of shorter rows too:
         # it lies in later slots, which the row's next tokens overwrite.
         mask = None  # without a cache, attention is simply causal
         if cache is not None:
-            slots = torch.arange(int(indices.max()) + 1, device=x.device)  # (S,)
+            used = int(cache.lengths.max()) + tokens.shape[1]
+            slots = torch.arange(round_up(used), device=x.device)  # (S,)
             mask = (slots <= indices[:, :, None])[:, None]  # (B, 1, T, S)
 
         # RoPE turns queries and keys by an angle that grows with the index.
@@ -437,13 +461,18 @@ def device_argument(name):
 
 
 def free_memory(device):
-    """Bytes to plan with: what a GPU has free, or else half of the memory of a CPU's machine.
+    """Bytes to plan with: on a GPU 85 % of all its memory, less what this process uses already.
 
-    In a container with less memory than its machine it is half of the container's.
+    If other processes have taken more than the rest, it is what is free, and a line says so.
+    Without a GPU it is half of the memory of the machine, or of its container.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        planned = int(0.85 * total) - torch.cuda.memory_allocated(device)
+        if free < planned:
+            print(f"Only {free / 2**30:.1f} GiB of the GPU are free, less than planned.")
+        return min(free, planned)
     limits = []
     if hasattr(os, "sysconf"):  # Windows has none
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -18,6 +18,7 @@ import io
 import math
 import os
 import sys
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -181,11 +182,23 @@ def new_network(recipe, tokenizer):
     return QNetwork(llama, tokenizer.action_tokens)
 
 
-def activation_bytes(config, tokens, dtype):
-    """About what autograd stores of a forward pass; tests/test_benchmark.py counts it."""
-    per_token = 9 * config.hidden_size + 4 * config.intermediate_size
-    per_token += 2 * config.num_key_value_heads * config.head_dim
-    return tokens * config.num_hidden_layers * per_token * dtype.itemsize
+def activation_bytes(network, tokens):
+    """What autograd stores of a forward pass of so many tokens; tests/test_benchmark.py counts it.
+
+    Beside it, a pass needs about three float32 copies of one layer's feed-forward activation.
+    """
+    config = network.llama.config
+    weights = network.llama.unembedding
+    D = config.hidden_size
+    KV = config.num_key_value_heads * config.head_dim
+    inner = config.intermediate_size
+    per_layer = 9 * D + 2 * KV + 4 * inner  # numbers per token
+    if network.adapter is not None:
+        per_layer = 4 * D + 4 * KV + 4 * inner
+        if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
+            per_layer += 2 * D  # the norms of a CPU keep a float32 copy
+    stored = tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
+    return stored + 3 * tokens * inner * torch.float32.itemsize
 
 
 # ---- the optimizers
@@ -195,23 +208,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
+        by_shape = defaultdict(list)
         for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            direction = newton_schulz(p.grad.lerp(momentum, 0.95))
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])) * direction)
+            by_shape[p.shape].append(p)
+        for (rows, columns), matrices in by_shape.items():  # all of one shape at once
+            gradient = torch.stack([p.grad for p in matrices])  # (matrices, rows, columns)
+            state = self.state[matrices[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 0.05)
+            direction = newton_schulz(gradient.lerp(momentum, 0.95))
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(matrices, direction.unbind(), alpha=rate)
 
 
 def newton_schulz(x):
-    """About the matrix with the singular vectors of x whose singular values are all 1."""
-    if x.shape[0] > x.shape[1]:
-        return newton_schulz(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
+    """Matrices like x (..., rows, columns), but with singular values of about 1."""
+    if x.shape[-2] > x.shape[-1]:
+        return newton_schulz(x.mT).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, gram, x, beta=3.4445)
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
     return x
 
 
@@ -248,16 +267,17 @@ def train(run, args):
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
     slices_per_pass = plan_memory(run)
-    q_values = torch.compile(QNetwork.forward) if args.compile else QNetwork.forward
+    q_values = compile_q_values(run, slices_per_pass) if args.compile else QNetwork.forward
     # On-policy trials are played by the weights with which a collection begins. So a run with such
     # trials can only be resumed where a collection begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
 
-    for batch in islice(batches(run, step), recipe.steps - step):
-        batch = batch.to(online.action_tokens.device)
-
+    stream = islice(batches(run, step), recipe.steps - step)
+    batch = next(stream, None)
+    while batch is not None:
         # The loss and its gradient, summed over micro batches.
+        batch = batch.to(online.action_tokens.device)
         online.zero_grad()
         means = 0
         for micro in batch.split(slices_per_pass):
@@ -271,7 +291,8 @@ def train(run, args):
             (weight * loss).backward()
             means = means + weight * logged_means(micro, q, targets, loss)
         average_gradients(online)
-        norm = clip_gradients(recipe, online, step)
+        parameters = online.trainable_parameters().values()
+        norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf)
 
         # The online network learns, and the target network follows.
         for optimizer in optimizers:
@@ -280,6 +301,12 @@ def train(run, args):
             optimizer.step()
         polyak_update(online, target, recipe.alpha)
         step += 1
+
+        # A GPU is still busy with all this while the next batch is made here. Only then is anything
+        # read back from it.
+        batch = next(stream, None)
+        norm = norm.item()
+        check_finite(norm, recipe, step)
 
         # The log, an evaluation on unseen lakes, a checkpoint.
         if RANK == 0:
@@ -301,32 +328,40 @@ def train(run, args):
 
 
 def plan_memory(run):
-    """Decide whether layers are recomputed; returns the size of a micro batch, in slices."""
+    """Decide whether layers are recomputed; returns how many slices fit into a pass."""
     recipe = run.recipe
-    llama = run.network.llama
-    slices = 1 if recipe.model else recipe.batch
-    tokens = max(slices * recipe.tokens, recipe.context)
-    needed = activation_bytes(llama.config, tokens, llama.unembedding.dtype)
-    llama.checkpointing = needed > free_memory(llama.unembedding.device)
-    return slices
+    longest = max(recipe.tokens, recipe.context)
+    needed = activation_bytes(run.network, longest)
+    fits = free_memory(run.network.action_tokens.device) // needed
+    run.network.llama.checkpointing = fits == 0
+    passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
+    return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
 
 
 def logged_means(batch, q, targets, loss):
     """The loss, and the means of Q(tau, a) and of the targets, (3,)."""
     taken = q.detach().gather(-1, batch.actions[..., None]).squeeze(-1)
-    return torch.stack((loss.detach(), taken[batch.mask].mean(), targets[batch.mask].mean()))
+    count = batch.mask.sum()
+    mean_q = (batch.mask * taken).sum() / count
+    mean_target = (batch.mask * targets).sum() / count
+    return torch.stack((loss.detach(), mean_q, mean_target))
 
 
-def clip_gradients(recipe, network, step):
-    """Limit the gradient's norm to `recipe.grad_clip`; returns the norm before, if it is finite."""
-    parameters = network.trainable_parameters().values()
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf).item()
+def compile_q_values(run, slices_per_pass):
+    """QNetwork.forward, compiled once for each shape, with and without a gradient."""
+    one_pass = slices_per_pass >= slices_per_process(run.recipe, run.recipe.tokens)
+    on_gpu = run.network.action_tokens.is_cuda
+    mode = "reduce-overhead" if on_gpu and one_pass else None  # CUDA graphs
+    return torch.compile(QNetwork.forward, dynamic=False, mode=mode)
+
+
+def check_finite(norm, recipe, step):
+    """ValueError if the gradient's norm is infinite or no number."""
     if not math.isfinite(norm):
         advice = "lower the learning rates"
         if recipe.dtype == "float16":
             advice += ", or take bfloat16: float16 may be too small for it"
-        raise ValueError(f"The gradient's norm is {norm} after {step} steps: {advice}.")
-    return norm
+        raise ValueError(f"The gradient's norm is {norm} in step {step}: {advice}.")
 
 
 # ---- checkpoints
