@@ -6,7 +6,7 @@ An agent has two methods: `act(state, episode) -> action`, all arrays (N,), and
 `observe(transition)`. `rollout` is the one loop in which every agent plays, also the transformer
 (icrl.InContext).
 
-Shapes: N lakes side by side, S tile ids, A = 4 actions. `rng` is always a numpy Generator.
+Shapes: N lakes side by side, S states (tile ids), A = 4 actions. `rng` is always a numpy Generator.
 """
 
 import math
@@ -25,8 +25,9 @@ MAX_STEPS = 100  # gymnasium's step limit
 MAX_SIDE = 10  # the widest and highest lake
 MAX_TILES = MAX_SIDE**2
 SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48: as many as a lake of 7 x 7 has
-CROP_SIDE = 7  # the largest map that the ids of a cropped lake are taken from
-TILES_PER_TRY = 16384  # random maps are drawn in large blocks, which numpy does fast
+CROP_SIDE = 7  # cropped lakes have tile ids as if cut out of a map of at most 7 x 7 tiles
+BLOCK_TILES = 16384  # random maps are drawn in blocks of about so many tiles, which numpy does fast
+NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # for stitching (figure 5)
 
 
 # ---- the map
@@ -34,8 +35,8 @@ TILES_PER_TRY = 16384  # random maps are drawn in large blocks, which numpy does
 class Lake:
     """A map: rows of equal length over S (start), F (frozen), H (hole), G (goal).
 
-    With `links` it is any other deterministic world: links[tile][action] is the tile that an action
-    leads to, and how the letters are cut into rows does not matter.
+    With `links` it is any other deterministic world of at most 100 tiles: links[tile][action] is
+    the tile that an action leads to. How the letters are cut into rows does not matter then.
     """
 
     rows: tuple[str, ...]
@@ -65,7 +66,7 @@ class Lake:
 
     @property
     def is_test(self):
-        """Whether it is set aside for tests: figure 5's, and one in ten by a hash of the map."""
+        """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map."""
         return self.rows == NOTEBOOK_ROWS or zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
 
 
@@ -78,7 +79,6 @@ def grid_moves(height, width):
     return row * width + column
 
 
-NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # for stitching (figure 5)
 NOTEBOOK_LAKE = Lake(NOTEBOOK_ROWS)
 
 
@@ -114,8 +114,8 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
             return lakes[:count]
         accepted = []
         for height, width in product(range(shortest, longest + 1), repeat=2):
-            tries = TILES_PER_TRY // longest**2  # the same for every size, so all are as frequent
-            moves = np.tile(grid_moves(height, width), (tries, 1, 1))
+            maps = BLOCK_TILES // longest**2  # each size is tried equally often, as in the notebook
+            moves = np.tile(grid_moves(height, width), (maps, 1, 1))
             tiles, valid = random_tiles(moves, goal_distance, rng)
             for grid in tiles[valid].reshape(-1, height, width):
                 accepted.append(Lake(tuple(map("".join, grid))))
@@ -131,12 +131,15 @@ def random_tiles(moves, goal_distance, rng):
     stay = np.arange(tiles.shape[1])[:, None]
     moves = np.where((tiles == "H")[..., None], stay, moves)
     distance = distance_to_goal(moves, np.where(tiles == "G", 0.0, np.inf))
-    far_enough = (distance >= goal_distance) & (distance < np.inf)
-    return tiles, start.any(1) & (far_enough | ~start).all(1)
+    bad_start = start & ((distance < goal_distance) | np.isinf(distance))
+    return tiles, start.any(1) & ~bad_start.any(1)
 
 
 def random_graphs(count, rng):
-    """Worlds of 9 to 25 tiles where an action may lead to any tile; goals are 3+ steps away."""
+    """Worlds of 9 to 25 tiles where an action may lead to any tile; goals are 3+ steps away.
+
+    They are for tests only: no training sees any.
+    """
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
@@ -149,7 +152,10 @@ def random_graphs(count, rng):
 
 
 def crop_ids(lake, rng):
-    """Tile ids (tiles,) as if the lake were cut out of a map of up to 7 x 7 tiles."""
+    """Tile ids (tiles,) as if the lake were cut out of a map of up to 7 x 7 tiles.
+
+    A network knows only the ids that it has seen; so it gets to know those of larger lakes.
+    """
     columns = rng.integers(lake.width, max(CROP_SIDE, lake.width) + 1)
     top = rng.integers(max(CROP_SIDE - len(lake.rows), 0) + 1)
     left = rng.integers(columns - lake.width + 1)
@@ -158,7 +164,8 @@ def crop_ids(lake, rng):
 
 
 # ---- the environment
-# One step on N lakes, each field (N,), or on one lake. `active` lakes have episodes left to play.
+# A step of the environment: on N lakes, if each field is an array (N,), or on a single lake. Of the
+# N lakes, those that are `active` have episodes left to play.
 Transition = namedtuple(
     "Transition", "state action next_state reward terminated truncated active", defaults=[True]
 )
@@ -204,10 +211,11 @@ class FrozenLake:
 
     def reset(self, which):
         """Begin an episode at a random start on lakes `which`, bool (N,); all states (N,)."""
+        # Draw the number of a start, then find the state where the count of starts reaches it.
         starts = self.start[which]  # (n, S)
-        pick = (self.rng.random(len(starts)) * starts.sum(1)).astype(int)
+        number = 1 + (self.rng.random(len(starts)) * starts.sum(1)).astype(int)
         self.state = self.state.copy()  # the caller may still hold the old one
-        self.state[which] = (starts.cumsum(1) == 1 + pick[:, None]).argmax(1)  # the pick-th start
+        self.state[which] = (starts.cumsum(1) == number[:, None]).argmax(1)
         self.steps[which] = 0
         return self.state
 
@@ -216,11 +224,12 @@ class FrozenLake:
         previous = self.state
         direction = self.action_map[self.env_index, actions]
         if self.slippery.any():
-            sideways = self.rng.integers(-1, 2, len(self))
+            sideways = self.rng.integers(-1, 2, len(self))  # neighbours in ACTIONS are to the side
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
         self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        rewards = self.goal[self.env_index, self.state] & (self.state != previous)  # on entering
+        entered = self.state != previous  # to stay on a goal pays nothing, as in gymnasium
+        rewards = self.goal[self.env_index, self.state] & entered
         terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
         return self.state, rewards.astype(np.float32), terminated, truncated
@@ -275,8 +284,8 @@ def rollout(env, agent, episodes, step_limit=math.inf, first=0):
 
     The lakes are stepped together, but none waits for another to end an episode: `agent.act` is
     told the number of each lake's present episode, counted from `first`. A lake that has played
-    them all is stepped on, unrecorded, until the last one has. After `step_limit` steps everything
-    ends, and unfinished episodes are dropped.
+    them all goes on, as inactive, until the last one has. After `step_limit` steps everything ends.
+    Inactive steps and unfinished episodes are dropped.
     """
     episode = np.full(len(env), first)
     history = []
@@ -292,8 +301,8 @@ def rollout(env, agent, episodes, step_limit=math.inf, first=0):
         episode = episode + (done & active)
         bar.update((done & active).sum())
     bar.close()
-    columns = [np.stack(field, axis=1) for field in zip(*history)]  # each (N, steps)
-    return [split_episodes(Transition(*rows)) for rows in zip(*columns)]
+    fields = [np.stack(steps, axis=1) for steps in zip(*history)]  # each (N, steps)
+    return [split_episodes(Transition(*lake)) for lake in zip(*fields)]
 
 
 def split_episodes(steps):
@@ -302,9 +311,9 @@ def split_episodes(steps):
     episodes = []
     for begin, end in zip([0, *ends], ends):
         observations = np.append(steps.state[begin:end], steps.next_state[end - 1])
-        taken = steps.action[begin:end]
-        paid = steps.reward[begin:end]
-        episodes.append(Episode(observations, taken, paid, steps.truncated[end - 1]))
+        actions = steps.action[begin:end]
+        rewards = steps.reward[begin:end]
+        episodes.append(Episode(observations, actions, rewards, steps.truncated[end - 1]))
     return episodes
 
 
@@ -326,17 +335,17 @@ class TabularQ:
     """Q-learning (Watkins 1989) on every lake, starting from zeros.
 
     In episode e it acts greedily with probability `greedy_probability(e)`, (N,), else at random.
-    Update: Q(s, a) += rate * (r + gamma * max Q(s', .) - Q(s, a)), without the max at a hole or a
-    goal. At the step limit the value of the tile reached counts.
+    Update: Q(s, a) += learning_rate * (r + gamma * max Q(s', .) - Q(s, a)), without the max at a
+    hole or a goal. Unlike the network's loss, it has the max at the step limit.
     """
 
-    def __init__(self, env, rng, greedy_probability, gamma=0.9, rate=0.5):
+    def __init__(self, env, rng, greedy_probability, gamma=0.9, learning_rate=0.5):
         self.q = np.zeros(env.moves.shape)  # (N, S, A)
         self.env_index = env.env_index
         self.rng = rng
         self.greedy_probability = greedy_probability
         self.gamma = gamma
-        self.rate = rate
+        self.learning_rate = learning_rate
 
     def act(self, state, episode):
         tie_break = 1e-9 * self.rng.random((len(state), len(ACTIONS)))
@@ -349,11 +358,11 @@ class TabularQ:
         next_value = np.where(transition.terminated, 0.0, next_value)
         taken = (self.env_index, transition.state, transition.action)
         error = transition.reward + self.gamma * next_value - self.q[taken]
-        self.q[taken] += transition.active * self.rate * error
+        self.q[taken] += transition.active * self.learning_rate * error
 
 
 class ValueIteration(RandomAgent):
-    """The optimal agent: it knows the lake and iterates values backwards from the step limit."""
+    """The optimal agent: it knows the lake, and computes values backwards from the step limit."""
 
     def __init__(self, env, rng):
         self.env = env
@@ -387,7 +396,7 @@ class Explorer:
         N, S, A = env.moves.shape
         self.env_index = env.env_index
         self.rng = rng
-        self.unknown = S  # one more tile: untried actions are taken to lead there
+        self.unknown = S  # one more state, to which untried actions are assumed to lead
         self.leads_to = np.full((N, S + 1, A), self.unknown)
         self.goal = np.zeros((N, S + 1), bool)  # known goals
 
@@ -397,20 +406,22 @@ class Explorer:
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
         changed = np.isinf(here) | (here == 0)
-        self.leads_to[changed] = self.unknown
+        self.leads_to[changed] = self.unknown  # so all four actions are equally good below
         self.goal[changed] = False
-        next_tiles = self.leads_to[self.env_index, state]  # (N, A)
-        onward = distance[self.env_index[:, None], next_tiles]
-        return np.argmin(onward + 1e-9 * self.rng.random(onward.shape), axis=1)
+        next_states = self.leads_to[self.env_index, state]  # (N, A)
+        onward = distance[self.env_index[:, None], next_states]
+        tie_break = 1e-9 * self.rng.random(onward.shape)
+        return np.argmin(onward + tie_break, axis=1)
 
     def observe(self, transition):
+        active = Transition(*(field[transition.active] for field in transition))
         lake = self.env_index[transition.active]
-        tile = transition.next_state[lake]
-        self.leads_to[lake, transition.state[lake], transition.action[lake]] = tile
-        lake = lake[transition.terminated[lake]]
-        tile = transition.next_state[lake]
-        self.leads_to[lake, tile] = tile[:, None]  # holes and goals lead nowhere else
-        self.goal[lake, tile] = transition.reward[lake] > 0
+        self.leads_to[lake, active.state, active.action] = active.next_state
+        # Holes and goals lead nowhere else.
+        lake = lake[active.terminated]
+        end = active.next_state[active.terminated]
+        self.leads_to[lake, end] = end[:, None]
+        self.goal[lake, end] = active.reward[active.terminated] > 0
 
 
 def draw(lake, path=()):

@@ -5,7 +5,7 @@
     k <- key * (W_k x)     v <- value * (W_v x)     down_proj's input <- feed_forward * (...)
 
 Section 3 of the paper: for Llama 3.1 8B these are 32 x (1024 + 1024 + 14336) = 524,288 parameters,
-all ones at first. They live outside of the transformer, so one frozen base serves both the online
+initialised to ones. They live outside of the transformer, so one frozen base serves both the online
 and the target network. They are saved in PEFT's format.
 """
 
@@ -48,7 +48,7 @@ class IA3(nn.Module):
         views = self.to_peft()
         expected = {name: view.shape for name, view in views.items()}
         found = {name: tensor.shape for name, tensor in tensors.items()}
-        if different := expected.items() ^ found.items():
+        if different := expected.items() ^ found.items():  # (name, shape) that only one of them has
             raise ValueError(f"The vectors are not those of this model: see {min(different)[0]}.")
         for name, view in views.items():
             view.copy_(tensors[name])

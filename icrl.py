@@ -7,9 +7,10 @@ one lake. Such a series of episodes is a *trial*. A network that learns to predi
 many lakes and for good and bad agents, has to work out from tau which lake this is. So the longer
 tau grows, the better it plays.
 
-For training, 20 to 40 episodes of a lake form a *set*. They are shuffled: their order would reveal
-how far the agent had got. In the final phase of the training a trial that the network has played
-itself is a set, too. Sets of different lakes, one after the other, fill *slices* of T tokens.
+For training, 20 to 40 episodes of a lake form a *set*. They are shuffled; otherwise an episode's
+place in the set would predict its return, and the network could do without the lake. In the final
+phase of the training a trial that the network has played itself is a set, too. Sets of different
+lakes, one after the other, fill *slices* of T tokens.
 
 Sections 3 and 4 of the paper (arXiv 2501.14176); the README lists the differences from it.
 
@@ -57,14 +58,14 @@ class Template(NamedTuple):
     truncated: str  # where the step limit ended the episode
     end: str
 
-    def start(self, tile):
+    def start_text(self, tile):
         """What opens an episode that starts on a tile."""
         return self.begin + self.observation.format(tile) + self.prompt
 
-    def transition(self, t):
+    def transition_text(self, t):
         """What is added for a Transition of one lake, up to the next prompt or the end."""
         if t.reward not in (0, 1):
-            raise ValueError(f"A transcript tells rewards of 0 and 1 apart, but not {t.reward}.")
+            raise ValueError(f"A transcript can only hold rewards of 0 and 1, not {t.reward}.")
         text = self.action.format(ACTIONS[t.action]) + self.observation.format(t.next_state)
         if t.reward:
             text += self.reward
@@ -76,22 +77,23 @@ class Template(NamedTuple):
 def chat_template(begin, header_start, header_end, message_end, end):
     """Messages with roles, as "<|start_header_id|>action<|end_header_id|>left<|eot_id|>"."""
     return Template(
-        begin,
+        begin=begin,
         observation=f"{header_start}observation{header_end}{{}}{message_end}",
         prompt=f"{header_start}action{header_end}",
         action=f"{{}}{message_end}",
         reward=f"{header_start}reward{header_end}1.0{message_end}",
-        truncated=f"{header_start}edit{header_end}...{message_end}",  # as in the notebook
+        truncated=f"{header_start}edit{header_end}...{message_end}",  # the notebook's role "edit"
         end=end,
     )
 
 
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+COMPACT = Template("", "{} ", "", "{} ", "1.0 ", "... ", "<|end_of_text|> ")  # "13 up 9 right 10 "
 TEMPLATES = {  # by a marker that the vocabulary has to have; the first one that fits is used
     "<|eot_id|>": chat_template(*LLAMA3, "<|end_of_text|>"),  # Llama 3, the paper's
     "<|im_end|>": chat_template("", "<|im_start|>", "\n", "<|im_end|>\n", "<|endoftext|>"),
     "</s>": chat_template("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2
-    "left": Template("", "{} ", "", "{} ", "1.0 ", "... ", "<|end_of_text|> "),  # the small network
+    "left": COMPACT,  # the small network
 }
 
 
@@ -99,7 +101,7 @@ def compact_tokenizer() -> Tokenizer:
     """The small network's vocabulary of 107 tokens: one for each action, tile id and marker."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # it meets no other word
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -113,59 +115,68 @@ class TranscriptTokenizer:
 
     def __init__(self, tokenizer, vocab_size):
         self.tokenizer = tokenizer
-        problem = f"has none of the markers {', '.join(TEMPLATES)}"
+        error = ValueError(f"The tokenizer has none of the markers {', '.join(TEMPLATES)}.")
         for marker, template in TEMPLATES.items():
-            if problem and tokenizer.token_to_id(marker) is not None:
+            if tokenizer.token_to_id(marker) is not None:
                 self.template = template
-                problem = self._problem(vocab_size)
-        if problem:
-            raise ValueError(f"The tokenizer {problem}: take another model.")
+                self.tokens_of = {}  # by the text of a segment
+                try:
+                    return self._measure(vocab_size)
+                except ValueError as misfit:
+                    error = misfit
+        raise error
 
-    def _problem(self, vocab_size):
-        """Tokenize a transcript with all tiles, actions and endings; returns what is wrong."""
-        self._tokens = {}  # of each segment
-        segments = []
+    def _measure(self, vocab_size):
+        """Tokenize every start, step and ending of an episode. ValueError if that goes wrong."""
+        starts, steps, endings = [], [], []  # segments, [tile]
         for tile in range(MAX_TILES):
-            steps = [Transition(tile, action, tile, 0, False, False) for action in range(4)]
-            for reward, truncated in ((1, False), (0, False), (0, True)):
-                last = Transition(tile, 0, tile, reward, not truncated, truncated)
-                segments.append(self.template.start(tile))
-                segments += [self.template.transition(t) for t in (*steps, last)]
+            starts.append(self.template.start_text(tile))
+            plain = [Transition(tile, action, tile, 0, False, False) for action in range(4)]
+            steps.append([self.template.transition_text(t) for t in plain])
+            won = Transition(tile, 0, tile, 1, True, False)
+            lost = Transition(tile, 0, tile, 0, True, False)
+            truncated = Transition(tile, 0, tile, 0, False, True)
+            endings.append([self.template.transition_text(t) for t in (won, lost, truncated)])
 
-        tokens = [self.tokens(segment) for segment in segments]
-        self.action_tokens = [self.transition(step)[0] for step in steps]
-        self.longest_segment = max(map(len, tokens))
-        plain = [len(tokens[i + j]) for i in range(0, len(tokens), 6) for j in range(1, 5)]
-        self.shortest_step = min(plain)
-        self.longest_step = max(plain)
-        if max(map(max, tokens)) >= vocab_size:
-            return f"has tokens that the network, with {vocab_size} of them, does not know"
+        step_lengths = [len(self.tokens(step)) for step in chain(*steps)]
+        self.shortest_step = min(step_lengths)
+        self.longest_step = max(step_lengths)
+        outer_lengths = [len(self.tokens(segment)) for segment in chain(starts, *endings)]
+        self.longest_outer = max(outer_lengths)  # an episode's start, or its ending
+        self.action_tokens = [self.tokens(step)[0] for step in steps[0]]
+
+        largest = max(chain(*self.tokens_of.values()))
+        if largest >= vocab_size:
+            raise ValueError(f"The network has no embedding of token {largest}: take another one.")
         if len(set(self.action_tokens)) < len(ACTIONS):
-            return "makes two action words begin with the same token"
-        whole = self.tokenizer.encode("".join(segments), add_special_tokens=False).ids
-        if whole != list(chain(*tokens)):
-            return "joins neighbouring segments of a transcript"
-        return ""
+            raise ValueError("Two action words begin with the same token: take another model.")
+        transcript = []
+        for start, plain, ends in zip(starts, steps, endings):
+            for ending in ends:
+                transcript += [start, *plain, ending]
+        whole = self.tokenizer.encode("".join(transcript), add_special_tokens=False).ids
+        if whole != list(chain(*map(self.tokens, transcript))):
+            raise ValueError("The tokenizer joins segments of a transcript: take another model.")
 
     def tokens(self, segment):
         """The token ids of a segment's text."""
-        if segment not in self._tokens:
+        if segment not in self.tokens_of:
             encoding = self.tokenizer.encode(segment, add_special_tokens=False)
-            self._tokens[segment] = encoding.ids
-        return self._tokens[segment]
+            self.tokens_of[segment] = encoding.ids
+        return self.tokens_of[segment]
 
     def start(self, tile):
         """The tokens that open an episode."""
-        return self.tokens(self.template.start(tile))
+        return self.tokens(self.template.start_text(tile))
 
     def transition(self, t):
         """The tokens of a Transition of one lake, of which the first one is the action's."""
-        return self.tokens(self.template.transition(t))
+        return self.tokens(self.template.transition_text(t))
 
     def text(self, episode):
         """An episode as text."""
-        transitions = map(self.template.transition, episode.transitions())
-        return self.template.start(episode.observations[0]) + "".join(transitions)
+        transitions = map(self.template.transition_text, episode.transitions())
+        return self.template.start_text(episode.observations[0]) + "".join(transitions)
 
     def encode(self, episode):
         """An episode as tokens."""
@@ -177,8 +188,8 @@ class TranscriptTokenizer:
         return length // self.shortest_step + 1
 
     def longest_episode(self, steps):
-        """An upper limit of the tokens that an episode with this many steps has."""
-        return steps * self.longest_step + 2 * self.longest_segment
+        """An upper bound on the tokens of an episode: a start, some steps, and an ending."""
+        return self.longest_outer + steps * self.longest_step + self.longest_outer
 
 
 # ---- from tokens to slices
@@ -193,7 +204,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, N) int64
     rewards: Tensor  # (B, N) r_{t+1}
     discounts: Tensor  # (B, N) gamma, or 0 at the end of an episode
-    mask: Tensor  # (B, N) bool, which positions count in the loss
+    mask: Tensor  # (B, N) bool, which positions count in the loss; False in the padding
 
     def to(self, device):
         return Batch(*(column.to(device) for column in self))
@@ -297,7 +308,8 @@ def td_targets(q_online: Tensor, q_target: Tensor, rewards: Tensor, discounts: T
     """Equations 4 and 6: y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))
 
     q_online, q_target (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient.
-    Position t + 1 follows t, so one pass of each network gives the values of all.
+    Position t + 1 follows t, so one pass of each network gives the values of all. Where a target
+    needs a value beyond the last position it is wrong, and masked in the loss.
     """
     best = q_online.argmax(-1, keepdim=True)  # chosen by theta ...
     value = q_target.gather(-1, best).squeeze(-1)  # ... valued by phi (B, N)
@@ -322,7 +334,7 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-CHUNK = 32  # rows with more pending tokens are fed alone, so that no other row is padded to them
+CHUNK = 32  # most tokens that rows read together; whoever has more to read does it alone first
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -337,7 +349,7 @@ def greedy_probability(episode):
 
 
 def always_greedy(episode):
-    """No exploration schedule: the agent acts greedily in every episode."""
+    """Greedy in every episode, instead of by the exploration schedule."""
     return np.ones(len(episode))
 
 
@@ -348,7 +360,8 @@ class InContext:
     In episode e the action is greedy with probability `schedule(e)`, else random. If a
     transcript outgrows `run.recipe.context` tokens, its oldest episodes are dropped.
 
-    Trials share one KV cache: its row r holds the transcript of trial `self.trial_of[r]`.
+    Trials share one KV cache. Finished trials lose their rows in it, so that row r holds the
+    transcript of trial `self.trial_of[r]`.
     """
 
     def __init__(self, run, env, rng, schedule=greedy_probability, given=None):
@@ -361,30 +374,35 @@ class InContext:
         N = len(env)
         self.transcripts = [[] for _ in range(N)]  # tokens, [trial][episode]
         self.pending = [[] for _ in range(N)]  # tokens that the network has not read, [trial]
-        self.active = np.ones(N, bool)  # (N,) trials with episodes left to play
+        self.active = np.ones(N, bool)  # (N,) trials that had episodes left in the last step
         self.starting = np.ones(N, bool)  # (N,) trials that begin an episode
         self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the present states
         self.trial_of = np.arange(N)  # (rows,)
-        self.cache = KVCache(run.network.llama, N, self.context + CHUNK)  # CHUNK: for padding
+        # CHUNK more slots, because a row may be padded by as many tokens.
+        self.cache = KVCache(run.network.llama, N, self.context + CHUNK)
         for trial, episodes in enumerate(given or []):
             for episode in episodes:
                 self._start_episode(trial, self.tokenizer.encode(episode))
 
-    @torch.inference_mode()
     def act(self, state, episode):
         """Actions (N,) in states (N,), in the trials' present episodes (N,)."""
+        q = self.q_values(state)
+        self.greedy = self.rng.random(len(state)) < self.schedule(episode)
+        random_action = self.rng.integers(0, len(ACTIONS), len(state))
+        return np.where(self.greedy, q.argmax(1), random_action)
+
+    @torch.inference_mode()
+    def q_values(self, state):
+        """Q-values (N, A) in states (N,), of which the transcripts may not know yet."""
         for trial in np.flatnonzero(self.starting):
             self._start_episode(trial, self.tokenizer.start(state[trial]))
         self._drop_finished_trials()
         for row in range(len(self.trial_of)):
-            self._forget_oldest_episodes(row)
+            self._drop_oldest_episodes(row)
             if len(self.pending[self.trial_of[row]]) > CHUNK:
-                self._feed(slice(row, row + 1))
-        self._feed(slice(None))
-
-        self.greedy = self.rng.random(len(state)) < self.schedule(episode)
-        random_action = self.rng.integers(0, len(ACTIONS), len(state))
-        return np.where(self.greedy, self.q.argmax(1), random_action)
+                self._read(slice(row, row + 1))
+        self._read(slice(None))
+        return self.q
 
     def observe(self, transition):
         """Append a Transition, of fields (N,), to the transcripts."""
@@ -392,7 +410,8 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # A trial that has just finished starts one more episode here, which is never played.
+        # Even the last episode of a trial is followed by the start of another one, as `active` is
+        # from before the step. It does no harm: in the next step the trial is inactive.
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -410,7 +429,7 @@ class InContext:
             self.trial_of = self.trial_of[rows]
             self.cache = self.cache[rows]
 
-    def _forget_oldest_episodes(self, row):
+    def _drop_oldest_episodes(self, row):
         """Shorten a transcript that is too long; the network has to read the rest again."""
         trial = self.trial_of[row]
         transcript = self.transcripts[trial]
@@ -421,27 +440,32 @@ class InContext:
         self.pending[trial] = list(chain(*transcript))
         self.cache.lengths[row] = 0
 
-    def _feed(self, rows):
+    def _read(self, rows):
         """Let the network read the pending tokens of some rows (a slice), and note its Q-values."""
         trials = self.trial_of[rows]
-        cache = self.cache[rows]
+        cache = self.cache[rows]  # a view: what is added to it is added to the whole cache
         device = cache.keys.device
         pending = [torch.tensor(self.pending[trial], dtype=torch.long) for trial in trials]
         counts = torch.tensor([len(tokens) for tokens in pending])  # (rows,)
         if not counts.any():
             return
         chunk = pad_sequence(pending, batch_first=True).to(device)  # (rows, T)
+        # Rows with nothing to read are padding only. It is overwritten later, and `lengths` do not
+        # count it, so it does no harm.
         last = (counts - 1).clamp(min=0)[:, None].to(device)  # (rows, 1)
         q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
-        cache.lengths += counts  # in place: a slice of a cache is a view
+        cache.lengths += counts
         for trial, values in zip(trials, q):
-            if self.pending[trial]:  # other rows were padding only
+            if self.pending[trial]:
                 self.q[trial] = values
                 self.pending[trial] = []
 
 
 def check_context(tokenizer, context, max_steps):
-    """ValueError if an episode may not fit what is left of a context after forgetting."""
+    """ValueError if an episode may be longer than KEEP_FRACTION of the context.
+
+    Then the present episode itself might have to be dropped.
+    """
     needed = math.ceil(tokenizer.longest_episode(max_steps) / KEEP_FRACTION)
     if needed > context:
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
@@ -449,27 +473,27 @@ def check_context(tokenizer, context, max_steps):
 
 
 def play(
-    run, lakes, seed, episodes=30, first=0, given=None, schedule=greedy_probability, **changes
+    run, lakes, seed, episodes=30, first=0, given=None, schedule=greedy_probability, **env_options
 ):
-    """One trial per lake, with `changes` as in make_env; the episodes, [trial][episode].
+    """One trial per lake, with options as in make_env; the episodes, [trial][episode].
 
     Plays as many trials together as fit the memory.
     """
     rng = np.random.default_rng(seed)
-    llama = run.network.llama
-    keys = KVCache(llama, 1, run.recipe.context + CHUNK).keys
-    row_bytes = 4 * keys.nbytes  # keys, values, and as much again for copies
-    together = max(1, free_memory(keys.device) // row_bytes)
+    one_row = KVCache(run.network.llama, 1, run.recipe.context + CHUNK)
+    row_bytes = 4 * one_row.keys.nbytes  # keys, values, and as much again for copies
+    together = max(1, free_memory(one_row.keys.device) // row_bytes)
     trials = []
     for start in range(0, len(lakes), together):
         part = slice(start, start + together)
-        env = make_env(lakes[part], rng, run.recipe.max_steps, **changes)
+        env = make_env(lakes[part], rng, run.recipe.max_steps, **env_options)
         agent = InContext(run, env, rng, schedule, given and given[part])
         trials += rollout(env, agent, episodes, first=first)
     return trials
 
 
 # ---- a run: its recipe and its files
+# What Recipe allows; numbers that stand nowhere here are in 0 to MAX_INT.
 FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
 FRACTIONS += "alpha gamma decay_from".split()
 COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
@@ -486,7 +510,7 @@ def flag(default, text):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a run but the machine's. Defaults: the small network; train.PAPER: the paper.
+    """All settings of a run, except for the device. Defaults: the small network; see also PAPER.
 
     The curriculum, by the fraction of the training that is over:
 
@@ -502,7 +526,7 @@ class Recipe:
     layers: int = flag(2, "layers of a new network")
     width: int = flag(64, "model dimension of a new network")
     heads: int = flag(2, "attention heads of a new network")
-    # The data come in collections. For each, Q-learning plays on new lakes.
+    # The data. They come in collections, for each of which Q-learning plays on new lakes.
     lakes: int = flag(256, "lakes in a collection")
     episodes: int = flag(100, "episodes of Q-learning on each lake")
     collection_steps: int = flag(192, "optimizer steps on each collection")
@@ -521,7 +545,7 @@ class Recipe:
     final_from: float = flag(0.6, "fraction of the training after which the final phase begins")
     final_tokens: int = flag(1024, "tokens in a slice of the final phase, and at play; 0: --tokens")
     far_goals: float = flag(
-        0.3, "fraction of large lakes with goals 3 steps farther away (final phase)"
+        0.3, "fraction of lakes with the most tiles and far goals (final phase)"
     )
     on_policy: float = flag(0.5, "fraction of sets that are on-policy trials (final phase)")
     # The optimisation.
@@ -546,7 +570,7 @@ class Recipe:
 
     @property
     def context(self):
-        """The most tokens that the network looks back on at play: a slice of the final phase."""
+        """The most tokens of a transcript that are read at play: as many as the longest slices."""
         return self.final_tokens or self.tokens
 
     def __post_init__(self):
@@ -571,7 +595,7 @@ Run = namedtuple("Run", "folder recipe network tokenizer")
 
 @contextmanager
 def atomic_write(path):
-    """Write to the name that this yields; if nothing fails, the file becomes `path` at once."""
+    """Yield a name to write to. If nothing fails, that file then replaces `path` atomically."""
     temporary = path.with_name(f"tmp.{os.getpid()}.{path.name}")
     try:
         yield temporary
@@ -631,7 +655,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
     else:
-        # A copy, because results depend on how memory is aligned, and a file's is not.
+        # A copy, because a file's memory is not aligned, and then products are rounded differently.
         llama = copy.deepcopy(load_llama(folder, dtype, device))
         adapter = None
     tokenizer = TranscriptTokenizer(load_tokenizer(folder), llama.config.vocab_size)
@@ -674,7 +698,8 @@ def main(folder=PRETRAINED):
     print("A slice of a failure, this success and, once more, this success:")
     names = [f"Q({word})" for word in ACTIONS] + "action reward discount target error".split()
     print("\n  at  tile" + "".join(f"{name:>10}" for name in names))
-    rows = zip(*(column[0] for column in (*batch[1:5], q, y)))
+    columns = (batch.positions, batch.actions, batch.rewards, batch.discounts, q, y)
+    rows = zip(*(column[0] for column in columns))
     for episode in episodes:
         for tile in episode.observations[:-1]:
             position, action, reward, discount, values, target = next(rows)

@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SLOTS_MULTIPLE = 128  # kernels are fastest, and planned only once, if the cache grows in such steps
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-REQUIRED = {  # settings of a config.json that have to be so, where they are given
+REQUIRED = {  # what a config.json has to say of these settings, if it mentions them at all
     "model_type": "llama",
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
@@ -48,7 +48,7 @@ REQUIRED = {  # settings of a config.json that have to be so, where they are giv
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama, by the names and defaults of a Hugging Face config.json."""
+    """The hyperparameters of a Llama, by the names and defaults of a Hugging Face config.json."""
 
     vocab_size: int
     hidden_size: int  # D
@@ -78,7 +78,8 @@ class LlamaConfig:
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         config.setdefault("head_dim", config["hidden_size"] // heads)
-        sizes = {f.name: config.get(f.name, 1) for f in fields(cls) if f.type is int}
+        # Sizes that are missing have defaults, or are missed when the class is made below.
+        sizes = {f.name: config[f.name] for f in fields(cls) if f.type is int and f.name in config}
         positive = all(type(size) is int and size > 0 for size in sizes.values())
         if not positive or heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
             raise ValueError(f"no Llama has these sizes: {sizes}")
@@ -108,10 +109,10 @@ class LlamaConfig:
 
 # ---- rotary position embedding
 def rope_frequencies(config, device=None):
-    """Angles, in radians per token, by which each pair of dimensions turns, (hd / 2,).
+    """Angles, in radians per token, by which each pair of dimensions is rotated, (hd / 2,).
 
     Rotary position embedding is by Su et al. 2021. Llama 3.1 keeps the frequencies
-    that turn often within the original context, divides by `factor` those that hardly turn, and
+    with many turns within the original context, divides by `factor` those with hardly any, and
     blends linearly in between.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
@@ -125,7 +126,7 @@ def rope_frequencies(config, device=None):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + hd/2}) of x (B, heads, T, hd) by angles (B, 1, T, hd / 2).
+    """Rotate the pairs (x_i, x_{i + hd/2}) of x (B, heads, T, hd) by angles (B, 1, T, hd / 2).
 
     Halves are paired as in Hugging Face checkpoints; Meta's own files pair neighbours instead.
     """
@@ -148,7 +149,8 @@ class KVCache:
         config = llama.config
         slots = round_up(slots)
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.keys = llama.unembedding.new_zeros(shape)  # (L, B, K, S, hd)
+        weights = llama.unembedding  # for their type and device
+        self.keys = weights.new_zeros(shape)  # (L, B, K, S, hd)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,), on the CPU
 
@@ -165,8 +167,9 @@ class KVCache:
 
         Returns keys and values (B, K, used, hd).
         """
-        rows = torch.arange(len(indices), device=indices.device)[:, None]
-        self.keys[layer][rows, :, indices] = keys.transpose(1, 2)  # (B, T, K, hd)
+        # The dimensions of `rows` and `indices`, around a slice, come first: (B, T, K, hd).
+        rows = torch.arange(len(indices), device=indices.device)[:, None]  # (B, 1)
+        self.keys[layer][rows, :, indices] = keys.transpose(1, 2)
         self.values[layer][rows, :, indices] = values.transpose(1, 2)
         return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
@@ -177,7 +180,7 @@ def round_up(slots):
 
 # ---- the network
 class Position(NamedTuple):
-    """Where the tokens of a forward pass stand, for attention."""
+    """The positions of the tokens of a forward pass, in three forms that attention needs."""
 
     indices: Tensor  # (B, T) or (1, T), counted from the row's first token
     cos: Tensor  # (B, 1, T, hd / 2), of RoPE's angles
@@ -289,8 +292,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # whether the backward pass computes each layer again
-        self.model = nn.ModuleDict()  # official names begin with `model.`
+        self.recompute_layers = False  # gradient checkpointing: less memory, more time
+        self.model = nn.Module()  # official names begin with `model.`
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.model.layers = nn.ModuleList(layers)
@@ -311,7 +314,7 @@ class Llama(nn.Module):
         """
         x = self.model.embed_tokens(tokens)  # (B, T, D)
 
-        # Where each token stands: after the tokens that the cache already holds.
+        # The positions of the tokens: after those that the cache already holds.
         indices = torch.arange(tokens.shape[1], device=x.device)[None]  # (1, T)
         if cache is not None:
             indices = cache.lengths.to(x.device)[:, None] + indices  # (B, T)
@@ -329,7 +332,7 @@ class Llama(nn.Module):
         position = Position(indices, angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask)
 
         for i, layer in enumerate(self.model.layers):
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, x, i, position, adapter, cache, use_reentrant=False)
             else:
                 x = layer(x, i, position, adapter, cache)
@@ -352,7 +355,7 @@ def fetch(source: str | Path, *patterns, revision="") -> Path:
     if Path(source).is_dir():
         return Path(source)
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ValueError(f"{source} is no folder.")
+        raise ValueError(f"{source} is not a folder.")
     try:
         return Path(snapshot_download(source, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the Hub's library and its HTTP library have many kinds
@@ -417,8 +420,9 @@ def weight_files(source: str | Path, revision="") -> list[Path]:
 def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Llama:
     """The Llama of a checkpoint. dtype None: what its config says, else what its embedding has."""
     config, folder = load_config(source, revision)
+    commit = folder.name  # in the Hub's cache; a local folder needs none
+    paths = weight_files(source, commit)  # of the same commit as the config, even if it moved on
     tensors = {}
-    paths = weight_files(source, folder.name)  # the folder's name is the commit on the Hub
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):
         for name, tensor in load_tensors(path, device).items():
             if name in tensors:
@@ -436,11 +440,12 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
         dtype = DTYPES.get(config.dtype) or tensors["model.embed_tokens.weight"].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
-    with torch.device("meta"):  # without memory: the network takes over the files' tensors
+    with torch.device("meta"):  # without memory: the files' tensors become its parameters
         llama = Llama(config)
     try:
         llama.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # its second line names the first tensors that do not fit
+    except RuntimeError as error:
+        # The second line of the message is, say, 'Missing key(s) in state_dict: "model.a", "b".'
         problem = str(error).splitlines()[1].strip(" \t.").replace('"', "").split(", model.")[0]
         words = "is incomplete, or not what its config.json says"
         raise ValueError(f"{folder} {words}: {problem}.") from error
@@ -484,7 +489,7 @@ def free_memory(device):
 
 @contextmanager
 def user_errors():
-    """End the program in one sentence and with exit status 2 on an error that the user can mend."""
+    """End the program in one sentence and with exit status 2 on an error that the user can fix."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # not every terminal has all characters
     try:

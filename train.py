@@ -2,7 +2,7 @@
 
     python train.py                         a small Llama from random weights, on a laptop
     python train.py --model meta-llama/Llama-3.1-8B-Instruct    the paper, on one GPU
-    python train.py --model RUN             the paper's method in miniature, on a run's network
+    python train.py --model RUN             the paper's method in miniature: IA3 on a run of yours
     python train.py --resume RUN            continues from a run's last checkpoint
     torchrun --nproc-per-node 2 train.py    several GPUs share each batch
 
@@ -43,23 +43,29 @@ from llama import load_llama, load_tokenizer, user_errors
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of processes
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # this one's number
 
-ADAMW = {"learning_rate": 0.01, "muon_rate": 0.0, "warm_up": 10, "decay_from": 1.0}
+# How adapters are trained: the paper's AdamW, and no easy lakes, since the base is no beginner.
+ADAPT = {
+    "learning_rate": 0.01,
+    "muon_rate": 0.0,
+    "warm_up": 10,
+    "decay_from": 1.0,
+    "grad_clip": 0.0,
+    "easy_until": 0.0,
+}
 PAPER = Recipe(
     model="meta-llama/Llama-3.1-8B-Instruct",
     dtype="bfloat16",
-    easy_until=0.0,
     final_tokens=0,
     far_goals=0.0,
     on_policy=0.0,
     lakes=250,
-    episodes=1500,  # on 250 lakes, about as many as the notebook's 9,556 slices hold
+    episodes=1500,  # on 250 lakes: about as many episodes as the notebook's 9,556 slices hold
     collection_steps=955,  # one collection for the whole training
     steps=955,
     tokens=4096,
     batch=10,
     reward_scale=30.0,
-    grad_clip=0.0,
-    **ADAMW,
+    **ADAPT,
 )
 
 
@@ -69,7 +75,7 @@ FARTHER = 3  # steps that a far goal is farther away
 RANDOM_FRACTION = 0.3  # of Q-learning's episodes, the first ones: it acts at random ...
 GREEDY_PROBABILITY = 0.8  # ... and from then on greedily with this probability
 ON_POLICY_LAKES = 64  # played by the network for each collection of the final phase
-STEPS_FRACTION = 0.8  # of the tokens of an on-policy trial; the rest is for starts and ends
+STEPS_FRACTION = 0.8  # of the tokens of an on-policy trial; the rest: starts and ends of episodes
 
 
 def collect(run, number):
@@ -94,7 +100,7 @@ def collect(run, number):
 
     def endless_sets():
         while True:
-            for lake in rng.permutation(len(env)):
+            for lake in rng.permutation(len(env)):  # or an on-policy trial in the lake's place
                 if on_policy and rng.random() < recipe.on_policy:
                     yield next(on_policy)
                 else:
@@ -141,8 +147,9 @@ def new_lakes(recipe, count, progress, rng):
 def on_policy_trials(run, number):
     """Trials that the network plays on new lakes, each about as long as a slice, in random order.
 
-    Only its own mistakes teach it how little loops and detours are worth. On every second lake it
-    plays with the exploration schedule, on the others greedily.
+    Only there does it meet its own mistakes, such as walking in a loop to the step limit, and learn
+    how little they are worth. On every second lake it plays with the exploration schedule, on the
+    others greedily.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK, 1])
@@ -152,13 +159,14 @@ def on_policy_trials(run, number):
         return np.where(env.env_index % 2, greedy_probability(episode), 1.0)
 
     steps = int(STEPS_FRACTION * recipe.context / run.tokenizer.longest_step)
-    trials = rollout(env, InContext(run, env, rng, schedule), math.inf, step_limit=steps)
+    agent = InContext(run, env, rng, schedule)
+    trials = rollout(env, agent, episodes=math.inf, step_limit=steps)
     return [trials[i] for i in rng.permutation(len(env))]  # lakes with far goals came last
 
 
 # ---- the network
 def new_network(recipe, tokenizer):
-    """A small Llama with random weights of deviation 0.02, less where a layer adds to its input."""
+    """A small Llama with random weights; standard deviation 0.02, less in residual projections."""
     D, heads = recipe.width, recipe.heads
     if D % (2 * heads):
         raise ValueError(f"--width has to be a multiple of {2 * heads}, twice --heads, not {D}.")
@@ -216,18 +224,18 @@ class Muon(torch.optim.Optimizer):
             state = self.state[matrices[0]]
             momentum = state.setdefault("momentum", torch.zeros_like(gradient))
             momentum.lerp_(gradient, 0.05)
-            direction = newton_schulz(gradient.lerp(momentum, 0.95))
+            direction = newton_schulz(gradient.lerp(momentum, 0.95))  # Nesterov momentum
             rate = group["lr"] * math.sqrt(max(1, rows / columns))
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(matrices, direction.unbind(), alpha=rate)
 
 
 def newton_schulz(x):
-    """Matrices like x (..., rows, columns), but with singular values of about 1."""
+    """Orthogonalise x (..., rows, columns): set its singular values to about 1."""
     if x.shape[-2] > x.shape[-1]:
         return newton_schulz(x.mT).mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for _ in range(5):  # the coefficients are Jordan's
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
@@ -255,7 +263,7 @@ def learning_rate_factor(recipe, step):
 # ---- the training
 LOG_HEADER = "step,loss,mean_q,mean_target,learning_rate,gradient_norm"
 EVAL_LAKES = 32  # played every --eval-every steps
-CHECKPOINT_STEPS = 50  # between checkpoints, where any step can have one
+CHECKPOINT_STEPS = 50  # steps between checkpoints, if there are no on-policy trials
 
 
 def train(run, args):
@@ -279,7 +287,7 @@ def train(run, args):
         # The loss and its gradient, summed over micro batches.
         batch = batch.to(online.action_tokens.device)
         online.zero_grad()
-        means = 0
+        means = torch.zeros(3, device=batch.tokens.device)  # loss, Q and target, for the log
         for micro in batch.split(slices_per_pass):
             q = q_values(online, micro.tokens, micro.positions)  # (B, N, A)
             with torch.no_grad():
@@ -289,7 +297,7 @@ def train(run, args):
             loss = td_loss(q, micro.actions, targets, micro.mask)
             weight = micro.mask.sum() / batch.mask.sum()
             (weight * loss).backward()
-            means = means + weight * logged_means(micro, q, targets, loss)
+            means += weight * logged_means(micro, q, targets, loss)
         average_gradients(online)
         parameters = online.trainable_parameters().values()
         norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf)
@@ -318,7 +326,7 @@ def train(run, args):
                 lakes = unseen_lakes(EVAL_LAKES, recipe.sides, recipe.goal_distance)
                 returns = sparkline(play(run, lakes, seed=0))
                 text = f"step {step}: mean return on {EVAL_LAKES} unseen lakes {returns}"
-                bar.write(text, file=sys.stderr)  # a reader of stdout may have gone long ago
+                bar.write(text, file=sys.stderr)  # stdout may be a pipe that is closed by now
             if step % checkpoint_every == 0 or step == recipe.steps:
                 with atomic_write(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
@@ -328,12 +336,12 @@ def train(run, args):
 
 
 def plan_memory(run):
-    """Decide whether layers are recomputed; returns how many slices fit into a pass."""
+    """Set `recompute_layers` if not even one slice fits; returns the slices of a micro batch."""
     recipe = run.recipe
     longest = max(recipe.tokens, recipe.context)
     needed = activation_bytes(run.network, longest)
     fits = free_memory(run.network.action_tokens.device) // needed
-    run.network.llama.checkpointing = fits == 0
+    run.network.llama.recompute_layers = fits == 0
     passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
     return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
 
@@ -348,11 +356,11 @@ def logged_means(batch, q, targets, loss):
 
 
 def compile_q_values(run, slices_per_pass):
-    """QNetwork.forward, compiled once for each shape, with and without a gradient."""
+    """QNetwork.forward, compiled for each shape, once with a gradient and once without."""
     one_pass = slices_per_pass >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
     mode = "reduce-overhead" if on_gpu and one_pass else None  # CUDA graphs
-    return torch.compile(QNetwork.forward, dynamic=False, mode=mode)
+    return torch.compile(QNetwork.forward, dynamic=False, mode=mode)  # for both networks
 
 
 def check_finite(norm, recipe, step):
@@ -372,7 +380,7 @@ def training_tensors(run, target):
 
 
 def save_state(run, target, optimizers, step):
-    """Write all that --resume needs to one file, in one go."""
+    """Write all that --resume needs to one file, atomically."""
     state = training_tensors(run, target) | {"step": step, "processes": WORLD_SIZE}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     content = io.BytesIO()
@@ -398,9 +406,7 @@ def load_state(run, target, optimizers):
         message = f"{path} does not fit the run: is the file whole, and recipe.json as it was?"
         raise ValueError(message) from error
     if state["processes"] != WORLD_SIZE and RANK == 0:
-        print(
-            f"{state['processes']} processes became {WORLD_SIZE}: from here on the data are others."
-        )
+        print(f"{state['processes']} processes became {WORLD_SIZE}: other data follow.")
     return state["step"]
 
 
@@ -417,7 +423,7 @@ def read_log(run, step):
 
 
 def init_distributed(device):
-    """Meet the other processes, if there are any; returns this one's device."""
+    """Join the group of processes, if there are several; returns this one's device."""
     if WORLD_SIZE == 1:
         return device
     if device == "cuda":
@@ -437,31 +443,25 @@ def average_gradients(network):
 
 
 # ---- the command line
-def recipe_from_args(args):
-    """The recipe that the flags ask for: they change the default, PAPER, or that of --model RUN."""
-    flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    flags = {name: value for name, value in flags.items() if value is not None}
-    if args.resume:
-        misplaced = flags.keys() | ({"out"} if args.out else set())
-        refuse(misplaced, "is for new runs")
+def recipe_from_args(args, flags):
+    """The recipe of a new run: a default one with the changes that the user asks for, `flags`."""
     if not args.model:
         refuse(flags.keys() & {"revision", "dtype"}, "is for a base model")
-        return Recipe(**flags)  # --resume ignores it
-    refuse(flags.keys() & {"layers", "width", "heads", "muon_rate"}, "is for a new network")
+        return Recipe(**flags)
 
+    refuse(flags.keys() & {"layers", "width", "heads", "muon_rate"}, "is for a new network")
     folder = Path(args.model)
-    base = None
-    if folder.is_dir():
-        refuse(flags.keys() & {"revision"}, f"is for the Hub, but {folder} is a folder")
-        flags["model"] = str(folder.resolve())
-        base = read_recipe(folder)
-    if base is None:  # a checkpoint of somebody else
+    if not folder.is_dir():  # a repository of the Hub
+        return replace(PAPER, **flags)
+
+    refuse(flags.keys() & {"revision"}, f"is for the Hub, but {folder} is a folder")
+    flags["model"] = str(folder.resolve())
+    base = read_recipe(folder)
+    if base is None:  # a checkpoint from elsewhere
         return replace(PAPER, **flags)
     if base.model:
         raise ValueError(f"{folder} is itself an adapter: name its base.")
-    return replace(
-        base, **({"easy_until": 0.0, "grad_clip": 0.0} | ADAMW | flags)
-    )  # the base knows easy lakes
+    return replace(base, **(ADAPT | flags))  # the same lakes as the base
 
 
 def refuse(names, reason):
@@ -471,7 +471,7 @@ def refuse(names, reason):
 
 
 def create_run(recipe, out, device):
-    """A new run and its folder, which is made only when nothing can be refused any more."""
+    """A new run. Its folder is made last, when nothing can go wrong any more."""
     if out and RANK == 0 and any(out.glob("*")):
         raise ValueError(f"{out} is not empty: choose another --out, or --resume {out}.")
     if recipe.model:
@@ -506,10 +506,11 @@ def check_recipe(recipe, tokenizer):
         slices = max(1, recipe.batch * recipe.tokens // length)
         if slices % WORLD_SIZE:
             raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {slices} slices.")
-    shortest = tokenizer.longest_episode(2)
-    if recipe.tokens < shortest:
-        raise ValueError(f"--tokens has to be at least {shortest}, not {recipe.tokens}.")
+    fewest = tokenizer.longest_episode(2)  # so that each slice has a target
+    if recipe.tokens < fewest:
+        raise ValueError(f"--tokens has to be at least {fewest}, not {recipe.tokens}.")
     check_context(tokenizer, recipe.context, recipe.max_steps)
+    # Are there enough lakes of this kind, of those held out and of those for training?
     unseen_lakes(1, recipe.sides, recipe.goal_distance)
     new_lakes(recipe, max(ON_POLICY_LAKES, recipe.lakes), 1.0, np.random.default_rng(0))
 
@@ -554,17 +555,22 @@ def main(arguments=None):
     if min(args.eval_every, args.trials) < 1:
         raise ValueError("--eval-every and --trials have to be at least 1.")
 
-    recipe = recipe_from_args(args)
+    flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    flags = {name: value for name, value in flags.items() if value is not None}
     device = init_distributed(args.device)
     if args.compile:
         check_compiler(device)
-    run = load_run(args.resume, device) if args.resume else create_run(recipe, args.out, device)
+    if args.resume:
+        refuse(flags.keys() | ({"out"} if args.out else set()), "is for new runs")
+        run = load_run(args.resume, device)
+    else:
+        run = create_run(recipe_from_args(args, flags), args.out, device)
     if RANK == 0:
         for leftover in run.folder.glob("tmp.*"):  # of a process that was killed
             leftover.unlink()
         parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
-        print(f"{run.folder}: {parameters:,} parameters learn. Stop with Ctrl-C,", end=" ")
-        print(f"continue with --resume {run.folder}.")
+        print(f"{run.folder}: {parameters:,} parameters are trained.")
+        print(f"Stop with Ctrl-C, continue with --resume {run.folder}.")
         example = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
         print(f"An episode as the network reads it: {run.tokenizer.text(example)!r}")
     train(run, args)
