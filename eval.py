@@ -16,7 +16,8 @@ Others:
     policy_map   figure 1, and the best action on every tile; --gif: as a film
     watch        one trial, step by step, with its Q-values
 
-To add one on lakes: a title in TITLES, its lakes in `lakes_of`, and ENV_OPTIONS if it has any.
+To add one on lakes: its title in TITLES, and where it needs them LAKES and ENV_OPTIONS. `lakes_of`
+makes the lakes.
 """
 
 import argparse
@@ -59,7 +60,7 @@ os.environ["MPLBACKEND"] = "agg"  # draw into files, also where a notebook has s
 
 
 def unseen_lakes(count, sides, goal_distance, skip=0):
-    """The first `count` test lakes of a distribution after `skip` others, always the same."""
+    """The first `count` test lakes of a distribution after `skip` others; the same in every call."""
     if count < 1 or skip < 0:
         raise ValueError(f"--trials {count} --skip {skip}: at least 1 lake has to be played.")
     rng = np.random.default_rng(TEST_SEED)
@@ -99,7 +100,8 @@ def play_baselines(run, seed, *stages, episodes=30, **env_options):
         rng = np.random.default_rng(seed)
         envs = [make_env(lakes, rng, run.recipe.max_steps, **env_options) for lakes in stages]
         # The agent keeps what it knows from stage to stage, so its tables have to fit all of them.
-        agent = make_agent(max(envs, key=lambda env: env.moves.size), rng)
+        largest = max(envs, key=lambda env: env.moves.size)
+        agent = make_agent(largest, rng)
         trials = [[] for _ in stages[0]]
         for number, env in enumerate(envs):
             more = rollout(env, agent, episodes, first=number * episodes)
@@ -267,7 +269,11 @@ def crossing_paths(lake, rng):
 
 
 def stitching(runs, out, trials, seed, skip):
-    """Figure 5: the notebook's lake, five times, and others. The agent acts greedily."""
+    """Figure 5: the notebook's lake, five times as there, and others. The agent acts greedily.
+
+    On the notebook's lake the winning path goes down the third column, from tile 2 to the goal at
+    22; the losing one goes right from the start at tile 8 into the hole at 11. They cross at 10.
+    """
     rng = np.random.default_rng(TEST_SEED)
     recipe = runs[0].recipe
     winning = episode_from_actions(NOTEBOOK_LAKE, 2, [ACTIONS.index("down")] * 5)
@@ -329,7 +335,7 @@ def policy_of(run, env, lake, given):
     The network is asked once per tile, after the given episodes, as if the next one began there.
     """
     ids = env.tile_ids[0]
-    one_per_tile = make_env([lake] * len(ids), env.rng, env.max_steps)
+    one_per_tile = make_env([lake] * len(ids), env.rng, env.max_steps)  # for the number of trials
     agent = InContext(run, one_per_tile, env.rng, given=[given] * len(ids))
     q = agent.q_values(ids)  # (tiles, A)
     direction = env.action_map[0, q.argmax(1)]

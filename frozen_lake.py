@@ -6,7 +6,7 @@ An agent has two methods: `act(state, episode) -> action`, all arrays (N,), and
 `observe(transition)`. `rollout` is the one loop in which every agent plays, also the transformer
 (icrl.InContext).
 
-Shapes: N lakes side by side, S states (tile ids), A = 4 actions. `rng` is always a numpy Generator.
+Shapes: N lakes side by side, S states (tile ids), A = 4 actions. `rng` is a numpy Generator.
 """
 
 import math
@@ -26,8 +26,8 @@ MAX_SIDE = 10  # the widest and highest lake
 MAX_TILES = MAX_SIDE**2
 SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48: as many as a lake of 7 x 7 has
 CROP_SIDE = 7  # cropped lakes have tile ids as if cut out of a map of at most 7 x 7 tiles
-BLOCK_TILES = 16384  # random maps are drawn in blocks of about so many tiles, which numpy does fast
-NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # for stitching (figure 5)
+BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
+NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # figure 5
 
 
 # ---- the map
@@ -104,17 +104,19 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
     the nearest goal can be reached and is at least `goal_distance` steps away. ValueError if such
     maps do not exist, or almost none.
     """
-    shortest, longest = sides
-    wanted = f"lakes of {shortest} to {longest} tiles a side, goals {goal_distance} steps away"
-    if not (2 <= shortest <= longest <= MAX_SIDE and 1 <= goal_distance < shortest**2):
+    min_side, max_side = sides
+    wanted = f"lakes of {min_side} to {max_side} tiles a side, goals {goal_distance} steps away"
+    if not (2 <= min_side <= max_side <= MAX_SIDE and 1 <= goal_distance < min_side**2):
         raise ValueError(f"There are no {wanted}: take 2 to {MAX_SIDE} tiles, or nearer goals.")
     lakes = []
     for _ in range(1000):  # far more rounds than needed, unless such maps are very rare
         if len(lakes) >= count:
             return lakes[:count]
         accepted = []
-        for height, width in product(range(shortest, longest + 1), repeat=2):
-            maps = BLOCK_TILES // longest**2  # each size is tried equally often, as in the notebook
+        for height, width in product(range(min_side, max_side + 1), repeat=2):
+            maps = (
+                BLOCK_TILES // max_side**2
+            )  # each size is tried equally often, as in the notebook
             moves = np.tile(grid_moves(height, width), (maps, 1, 1))
             tiles, valid = random_tiles(moves, goal_distance, rng)
             for grid in tiles[valid].reshape(-1, height, width):
@@ -136,7 +138,7 @@ def random_tiles(moves, goal_distance, rng):
 
 
 def random_graphs(count, rng):
-    """Worlds of 9 to 25 tiles where an action may lead to any tile; goals are 3+ steps away.
+    """Lakes without a grid: 9 to 25 tiles, where an action may lead to any tile; goals are 3+ steps away.
 
     They are for tests only: no training sees any.
     """
@@ -145,7 +147,7 @@ def random_graphs(count, rng):
         size = rng.integers(9, 26)
         links = rng.integers(size, size=(100, size, len(ACTIONS)))  # 100 tries
         tiles, valid = random_tiles(links, 3, rng)
-        # At most one per size that was drawn: large graphs are accepted more often than small ones.
+        # One per draw of a size. Large graphs are accepted more often and would be too frequent.
         for i in np.flatnonzero(valid)[:1]:
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
@@ -164,8 +166,8 @@ def crop_ids(lake, rng):
 
 
 # ---- the environment
-# A step of the environment: on N lakes, if each field is an array (N,), or on a single lake. Of the
-# N lakes, those that are `active` have episodes left to play.
+# A step of the environment: on N lakes, if each field is an array (N,), or on a single lake. Those
+# that are `active` have episodes left to play. Fields (steps,) hold all steps on one lake.
 Transition = namedtuple(
     "Transition", "state action next_state reward terminated truncated active", defaults=[True]
 )
@@ -228,7 +230,7 @@ class FrozenLake:
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
         self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        entered = self.state != previous  # to stay on a goal pays nothing, as in gymnasium
+        entered = self.state != previous  # no reward for a step on a goal, if nobody has reset it
         rewards = self.goal[self.env_index, self.state] & entered
         terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
@@ -301,6 +303,7 @@ def rollout(env, agent, episodes, step_limit=math.inf, first=0):
         episode = episode + (done & active)
         bar.update((done & active).sum())
     bar.close()
+    # From one Transition of fields (N,) per step to one of fields (steps,) per lake.
     fields = [np.stack(steps, axis=1) for steps in zip(*history)]  # each (N, steps)
     return [split_episodes(Transition(*lake)) for lake in zip(*fields)]
 
@@ -336,7 +339,7 @@ class TabularQ:
 
     In episode e it acts greedily with probability `greedy_probability(e)`, (N,), else at random.
     Update: Q(s, a) += learning_rate * (r + gamma * max Q(s', .) - Q(s, a)), without the max at a
-    hole or a goal. Unlike the network's loss, it has the max at the step limit.
+    hole or a goal. Unlike the network's loss, it bootstraps at the step limit.
     """
 
     def __init__(self, env, rng, greedy_probability, gamma=0.9, learning_rate=0.5):
@@ -361,7 +364,7 @@ class TabularQ:
         self.q[taken] += transition.active * self.learning_rate * error
 
 
-class ValueIteration(RandomAgent):
+class ValueIteration(RandomAgent):  # which observes nothing either
     """The optimal agent: it knows the lake, and computes values backwards from the step limit."""
 
     def __init__(self, env, rng):
@@ -386,8 +389,8 @@ class ValueIteration(RandomAgent):
 class Explorer:
     """Remembers every transition, and walks the shortest known way to a goal or an untried action.
 
-    A known goal comes first. If neither is in reach, or if it stands where it knows a hole or a
-    goal, then the lake has changed (figure 7), and it forgets everything.
+    A known goal comes first. If neither is in reach, or if it stands on what was a hole or a goal,
+    then this must be another lake (figure 7), and it forgets everything.
     """
 
     UNTRIED_COST = 1000.0  # in steps: any known goal is nearer than an untried action
@@ -406,7 +409,7 @@ class Explorer:
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
         changed = np.isinf(here) | (here == 0)
-        self.leads_to[changed] = self.unknown  # so all four actions are equally good below
+        self.leads_to[changed] = self.unknown  # below, all actions of such a lake are equally good
         self.goal[changed] = False
         next_states = self.leads_to[self.env_index, state]  # (N, A)
         onward = distance[self.env_index[:, None], next_states]

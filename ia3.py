@@ -44,13 +44,13 @@ class IA3(nn.Module):
 
     @torch.no_grad()
     def from_peft(self, tensors):
-        """Take over the tensors of PEFT's file; ValueError if they are not exactly ours."""
+        """Copy the tensors of PEFT's file into the vectors; ValueError if they do not fit."""
         views = self.to_peft()
         expected = {name: view.shape for name, view in views.items()}
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if different := expected.items() ^ found.items():  # (name, shape) that only one of them has
             raise ValueError(f"The vectors are not those of this model: see {min(different)[0]}.")
-        for name, view in views.items():
+        for name, view in views.items():  # a view shares the parameter's memory
             view.copy_(tensors[name])
 
 

@@ -8,9 +8,9 @@ many lakes and for good and bad agents, has to work out from tau which lake this
 tau grows, the better it plays.
 
 For training, 20 to 40 episodes of a lake form a *set*. They are shuffled; otherwise an episode's
-place in the set would predict its return, and the network could do without the lake. In the final
-phase of the training a trial that the network has played itself is a set, too. Sets of different
-lakes, one after the other, fill *slices* of T tokens.
+place in the set would predict its return on every lake. In the final phase of the training a trial
+that the network has played itself is a set, too. Sets of different lakes, one after the other, fill
+*slices* of T tokens.
 
 Sections 3 and 4 of the paper (arXiv 2501.14176); the README lists the differences from it.
 
@@ -73,6 +73,19 @@ class Template(NamedTuple):
             text += self.truncated
         return text + (self.end if t.terminated or t.truncated else self.prompt)
 
+    def all_segments(self):
+        """All that an episode can consist of: starts, [tile], steps and endings, [tile][...]."""
+        starts, steps, endings = [], [], []
+        for tile in range(MAX_TILES):
+            plain = [Transition(tile, action, tile, 0, False, False) for action in range(4)]
+            won = Transition(tile, 0, tile, 1, True, False)
+            lost = Transition(tile, 0, tile, 0, True, False)
+            truncated = Transition(tile, 0, tile, 0, False, True)
+            starts.append(self.start_text(tile))
+            steps.append([self.transition_text(t) for t in plain])
+            endings.append([self.transition_text(t) for t in (won, lost, truncated)])
+        return starts, steps, endings
+
 
 def chat_template(begin, header_start, header_end, message_end, end):
     """Messages with roles, as "<|start_header_id|>action<|end_header_id|>left<|eot_id|>"."""
@@ -92,7 +105,7 @@ COMPACT = Template("", "{} ", "", "{} ", "1.0 ", "... ", "<|end_of_text|> ")  # 
 TEMPLATES = {  # by a marker that the vocabulary has to have; the first one that fits is used
     "<|eot_id|>": chat_template(*LLAMA3, "<|end_of_text|>"),  # Llama 3, the paper's
     "<|im_end|>": chat_template("", "<|im_start|>", "\n", "<|im_end|>\n", "<|endoftext|>"),
-    "</s>": chat_template("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2
+    "</s>": chat_template("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2: "action</s>left</s>"
     "left": COMPACT,  # the small network
 }
 
@@ -106,64 +119,59 @@ def compact_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class TranscriptTokenizer:
-    """Turns a transcript into tokens, segment by segment: an episode's start, or a transition.
+def choose_template(tokenizer, vocab_size) -> Template:
+    """The first of TEMPLATES that fits a tokenizer and a network; ValueError if none does."""
+    problem = f"has none of the markers {', '.join(TEMPLATES)}"
+    for marker, template in TEMPLATES.items():
+        if tokenizer.token_to_id(marker) is not None:
+            problem = find_problem(template, tokenizer, vocab_size)
+            if problem is None:
+                return template
+    raise ValueError(f"The tokenizer {problem}: take another model.")
 
-    It uses the first of TEMPLATES that fits the tokenizer and a network with an embedding of
-    `vocab_size` rows. ValueError if none fits.
-    """
+
+def find_problem(template, tokenizer, vocab_size) -> str | None:
+    """Why a template does not fit: a transcript has to be tokenized like its segments."""
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    starts, steps, endings = template.all_segments()
+    transcript = []  # an episode for each tile and ending
+    for start, steps_to_tile, endings_on_tile in zip(starts, steps, endings):
+        for ending in endings_on_tile:
+            transcript += [start, *steps_to_tile, ending]
+    tokens = [encode(segment) for segment in transcript]
+    if max(map(max, tokens)) >= vocab_size:
+        return f"has tokens beyond the {vocab_size} that the network has an embedding of"
+    if len({encode(step)[0] for step in steps[0]}) < len(ACTIONS):
+        return "makes two action words begin with the same token"
+    if encode("".join(transcript)) != list(chain(*tokens)):
+        return "joins neighbouring segments of a transcript"
+    return None
+
+
+class TranscriptTokenizer:
+    """Turns a transcript into tokens, segment by segment: an episode's start, or a transition."""
 
     def __init__(self, tokenizer, vocab_size):
         self.tokenizer = tokenizer
-        error = ValueError(f"The tokenizer has none of the markers {', '.join(TEMPLATES)}.")
-        for marker, template in TEMPLATES.items():
-            if tokenizer.token_to_id(marker) is not None:
-                self.template = template
-                self.tokens_of = {}  # by the text of a segment
-                try:
-                    return self._measure(vocab_size)
-                except ValueError as misfit:
-                    error = misfit
-        raise error
-
-    def _measure(self, vocab_size):
-        """Tokenize every start, step and ending of an episode. ValueError if that goes wrong."""
-        starts, steps, endings = [], [], []  # segments, [tile]
-        for tile in range(MAX_TILES):
-            starts.append(self.template.start_text(tile))
-            plain = [Transition(tile, action, tile, 0, False, False) for action in range(4)]
-            steps.append([self.template.transition_text(t) for t in plain])
-            won = Transition(tile, 0, tile, 1, True, False)
-            lost = Transition(tile, 0, tile, 0, True, False)
-            truncated = Transition(tile, 0, tile, 0, False, True)
-            endings.append([self.template.transition_text(t) for t in (won, lost, truncated)])
-
+        self.template = choose_template(tokenizer, vocab_size)
+        self.cache = {}  # tokens by the text of a segment
+        starts, steps, endings = self.template.all_segments()
+        self.action_tokens = [self.tokens(step)[0] for step in steps[0]]
         step_lengths = [len(self.tokens(step)) for step in chain(*steps)]
         self.shortest_step = min(step_lengths)
         self.longest_step = max(step_lengths)
-        outer_lengths = [len(self.tokens(segment)) for segment in chain(starts, *endings)]
-        self.longest_outer = max(outer_lengths)  # an episode's start, or its ending
-        self.action_tokens = [self.tokens(step)[0] for step in steps[0]]
-
-        largest = max(chain(*self.tokens_of.values()))
-        if largest >= vocab_size:
-            raise ValueError(f"The network has no embedding of token {largest}: take another one.")
-        if len(set(self.action_tokens)) < len(ACTIONS):
-            raise ValueError("Two action words begin with the same token: take another model.")
-        transcript = []
-        for start, plain, ends in zip(starts, steps, endings):
-            for ending in ends:
-                transcript += [start, *plain, ending]
-        whole = self.tokenizer.encode("".join(transcript), add_special_tokens=False).ids
-        if whole != list(chain(*map(self.tokens, transcript))):
-            raise ValueError("The tokenizer joins segments of a transcript: take another model.")
+        self.longest_start = max(len(self.tokens(start)) for start in starts)
+        self.longest_ending = max(len(self.tokens(ending)) for ending in chain(*endings))
 
     def tokens(self, segment):
         """The token ids of a segment's text."""
-        if segment not in self.tokens_of:
+        if segment not in self.cache:
             encoding = self.tokenizer.encode(segment, add_special_tokens=False)
-            self.tokens_of[segment] = encoding.ids
-        return self.tokens_of[segment]
+            self.cache[segment] = encoding.ids
+        return self.cache[segment]
 
     def start(self, tile):
         """The tokens that open an episode."""
@@ -183,13 +191,13 @@ class TranscriptTokenizer:
         transitions = map(self.transition, episode.transitions())
         return list(chain(self.start(episode.observations[0]), *transitions))
 
-    def most_actions(self, length):
-        """The most action positions that a slice can have."""
+    def max_actions(self, length):
+        """The most action positions that a slice can have; the last step may be cut off."""
         return length // self.shortest_step + 1
 
     def longest_episode(self, steps):
         """An upper bound on the tokens of an episode: a start, some steps, and an ending."""
-        return self.longest_outer + steps * self.longest_step + self.longest_outer
+        return self.longest_start + steps * self.longest_step + self.longest_ending
 
 
 # ---- from tokens to slices
@@ -218,10 +226,10 @@ SET_SIZE = (20, 40)  # the paper's fewest and most episodes in a set
 QUALITY = {"high": 5.0, "mid": 1.0, "low": 0.2}  # the weight of a success; that of a failure is 1
 
 
-def draw_set(episodes, rng, quality="mid"):
+def sample_set(episodes, rng, quality="mid"):
     """A set: 20 to 40 episodes of one lake, weighted as in figure 6, in random order."""
-    fewest, most = SET_SIZE
-    size = min(rng.integers(fewest, most + 1), len(episodes))
+    min_size, max_size = SET_SIZE
+    size = min(rng.integers(min_size, max_size + 1), len(episodes))
     weights = np.array([QUALITY[quality] if e.episode_return > 0 else 1.0 for e in episodes])
     drawn = rng.choice(len(episodes), size, replace=False, p=weights / weights.sum())
     return [episodes[i] for i in rng.permutation(drawn)]  # `choice` draws likely ones first
@@ -230,9 +238,9 @@ def draw_set(episodes, rng, quality="mid"):
 def encode_slice(tokenizer, sets, length, gamma) -> Batch:
     """One training sequence of exactly `length` tokens: a Batch without the batch dimension.
 
-    `sets` is an endless iterator that all slices share; this slice takes as many sets as it can
-    hold. Nothing separates sets of different lakes: the network has to notice the change. What does
-    not fit is cut off, and the next slice begins with the next set. For example, with length 4,
+    `sets` is an iterator that all slices share; this slice takes as many sets as it can hold.
+    Nothing separates sets of different lakes: the network has to notice the change. What does not
+    fit is cut off, and the next slice begins with the next set. For example, with length 4,
 
         transcript   13  up  9  right  10  <|end_of_text|>
         tokens       13  up  9  right
@@ -251,7 +259,7 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
                 discounts.append(gamma)
                 tokens += tokenizer.transition(transition)
             # After an episode's last action y = r, as in the paper, even if the step limit ended
-            # it: the next observation belongs to another episode.
+            # it: Q is never read on the tile that it reached.
             discounts[-1] = 0.0
 
     # An action position counts in the loss if its target can be computed: if the next position is
@@ -260,7 +268,7 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
     mask = [True] * n
     mask[-1] = discounts[n - 1] == 0.0
     columns = (positions[:n], actions[:n], rewards[:n], discounts[:n], mask)
-    padding = (0, tokenizer.most_actions(length) - n)
+    padding = (0, tokenizer.max_actions(length) - n)
     padded = [F.pad(torch.tensor(column), padding) for column in columns]
     return Batch(torch.tensor(tokens[:length]), *padded)
 
@@ -296,7 +304,7 @@ class QNetwork(nn.Module):
     def target_copy(self):
         """The target network phi: a copy of what is trained, which shares what is frozen.
 
-        The notebook of the paper calls it "delayed".
+        The authors' notebook calls it "delayed".
         """
         llama = self.llama if self.adapter else copy.deepcopy(self.llama)
         return QNetwork(llama, self.action_tokens.tolist(), copy.deepcopy(self.adapter))
@@ -334,7 +342,7 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-CHUNK = 32  # most tokens that rows read together; whoever has more to read does it alone first
+CHUNK = 32  # a row with more tokens to read does so alone, so that the others are not padded to it
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -387,13 +395,14 @@ class InContext:
     def act(self, state, episode):
         """Actions (N,) in states (N,), in the trials' present episodes (N,)."""
         q = self.q_values(state)
+        # An attribute, so that eval.py can mark random actions.
         self.greedy = self.rng.random(len(state)) < self.schedule(episode)
         random_action = self.rng.integers(0, len(ACTIONS), len(state))
         return np.where(self.greedy, q.argmax(1), random_action)
 
     @torch.inference_mode()
     def q_values(self, state):
-        """Q-values (N, A) in states (N,), of which the transcripts may not know yet."""
+        """Q-values (N, A) in states (N,), which may be the first ones of new episodes."""
         for trial in np.flatnonzero(self.starting):
             self._start_episode(trial, self.tokenizer.start(state[trial]))
         self._drop_finished_trials()
@@ -482,10 +491,10 @@ def play(
     rng = np.random.default_rng(seed)
     one_row = KVCache(run.network.llama, 1, run.recipe.context + CHUNK)
     row_bytes = 4 * one_row.keys.nbytes  # keys, values, and as much again for copies
-    together = max(1, free_memory(one_row.keys.device) // row_bytes)
+    max_rows = max(1, free_memory(one_row.keys.device) // row_bytes)
     trials = []
-    for start in range(0, len(lakes), together):
-        part = slice(start, start + together)
+    for start in range(0, len(lakes), max_rows):
+        part = slice(start, start + max_rows)
         env = make_env(lakes[part], rng, run.recipe.max_steps, **env_options)
         agent = InContext(run, env, rng, schedule, given and given[part])
         trials += rollout(env, agent, episodes, first=first)
@@ -493,7 +502,7 @@ def play(
 
 
 # ---- a run: its recipe and its files
-# What Recipe allows; numbers that stand nowhere here are in 0 to MAX_INT.
+# Lowest and highest value of Recipe's numbers; all others may be 0 to MAX_INT.
 FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
 FRACTIONS += "alpha gamma decay_from".split()
 COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
@@ -551,7 +560,9 @@ class Recipe:
     # The optimisation.
     steps: int = flag(8400, "optimizer steps")
     tokens: int = flag(512, "tokens in a slice")
-    batch: int = flag(4, "slices in a batch; longer ones are fewer, for the same number of tokens")
+    batch: int = flag(
+        4, "slices of --tokens in a batch; of longer ones as many as have the same number of tokens"
+    )
     gamma: float = flag(0.9, "discount factor")
     reward_scale: float = flag(1.0, "factor of the rewards; 30 suits an official Llama's logits")
     alpha: float = flag(0.1, "weight of the online network in each Polyak update (eq. 8)")
@@ -642,7 +653,10 @@ def read_recipe(folder) -> Recipe | None:
 
 
 def load_run(folder: str | Path, device="cpu", context=None) -> Run:
-    """The run in a folder, perhaps with another context at play. ValueError if it is none."""
+    """The run in a folder; `context` replaces the number of tokens that are read at play.
+
+    ValueError if there is no run, or one that cannot be used.
+    """
     folder = Path(folder)
     recipe = read_recipe(folder)
     if recipe is None:
@@ -655,7 +669,8 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
     else:
-        # A copy, because a file's memory is not aligned, and then products are rounded differently.
+        # Products of matrices in a file's unaligned memory are rounded differently. With a copy, a
+        # resumed run has the very same numbers as one that was never stopped.
         llama = copy.deepcopy(load_llama(folder, dtype, device))
         adapter = None
     tokenizer = TranscriptTokenizer(load_tokenizer(folder), llama.config.vocab_size)

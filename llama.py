@@ -32,7 +32,9 @@ from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-SLOTS_MULTIPLE = 128  # kernels are fastest, and planned only once, if the cache grows in such steps
+SLOTS_MULTIPLE = (
+    128  # the used part of a cache grows in such steps: fewer shapes to choose kernels for
+)
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 REQUIRED = {  # what a config.json has to say of these settings, if it mentions them at all
     "model_type": "llama",
@@ -78,7 +80,7 @@ class LlamaConfig:
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         config.setdefault("head_dim", config["hidden_size"] // heads)
-        # Sizes that are missing have defaults, or are missed when the class is made below.
+        # A size that is missing has a default, or raises TypeError in cls(...) below.
         sizes = {f.name: config[f.name] for f in fields(cls) if f.type is int and f.name in config}
         positive = all(type(size) is int and size > 0 for size in sizes.values())
         if not positive or heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
@@ -162,16 +164,16 @@ class KVCache:
         part.lengths = self.lengths[rows]
         return part
 
-    def append(self, layer, indices, keys, values, used):
-        """Store (B, K, T, hd) in slots `indices` (B, T); return the first `used` slots of all rows.
+    def append(self, layer, indices, keys, values, span):
+        """Store (B, K, T, hd) in slots `indices` (B, T); return the first `span` slots of all rows.
 
-        Returns keys and values (B, K, used, hd).
+        Returns keys and values (B, K, span, hd).
         """
-        # The dimensions of `rows` and `indices`, around a slice, come first: (B, T, K, hd).
-        rows = torch.arange(len(indices), device=indices.device)[:, None]  # (B, 1)
-        self.keys[layer][rows, :, indices] = keys.transpose(1, 2)
-        self.values[layer][rows, :, indices] = values.transpose(1, 2)
-        return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
+        # The dimensions of two index tensors around a slice come first: (B, T, K, hd).
+        row = torch.arange(len(indices), device=indices.device)[:, None]  # (B, 1)
+        self.keys[layer][row, :, indices] = keys.transpose(1, 2)
+        self.values[layer][row, :, indices] = values.transpose(1, 2)
+        return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
 
 
 def round_up(slots):
@@ -180,7 +182,7 @@ def round_up(slots):
 
 # ---- the network
 class Position(NamedTuple):
-    """The positions of the tokens of a forward pass, in three forms that attention needs."""
+    """The positions of the tokens of a forward pass, and what follows from them for attention."""
 
     indices: Tensor  # (B, T) or (1, T), counted from the row's first token
     cos: Tensor  # (B, 1, T, hd / 2), of RoPE's angles
@@ -231,8 +233,8 @@ class Attention(nn.Module):
             grouped = q.shape[1] != k.shape[1]  # several query heads share a key/value head
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:  # playing: the new tokens attend to the cache, of which they are now the end
-            used = position.mask.shape[-1]
-            k, v = cache.append(layer, position.indices, k, v, used)  # (B, K, S, hd)
+            span = position.mask.shape[-1]
+            k, v = cache.append(layer, position.indices, k, v, span)  # (B, K, S, hd)
             y = attend_to_cache(q, k, v, position.mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -420,8 +422,9 @@ def weight_files(source: str | Path, revision="") -> list[Path]:
 def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Llama:
     """The Llama of a checkpoint. dtype None: what its config says, else what its embedding has."""
     config, folder = load_config(source, revision)
-    commit = folder.name  # in the Hub's cache; a local folder needs none
-    paths = weight_files(source, commit)  # of the same commit as the config, even if it moved on
+    # The Hub's cache names a folder by its commit: the weights have to be of the same one, even if
+    # the branch has moved. For a local folder the revision does not matter.
+    paths = weight_files(source, revision=folder.name)
     tensors = {}
     for path in tqdm(paths, desc="Loading weights", delay=2, leave=False):
         for name, tensor in load_tensors(path, device).items():
@@ -434,7 +437,8 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
 
     if config.tie_word_embeddings and "lm_head.weight" in tensors:  # either may stand for both
         head = tensors.pop("lm_head.weight")
-        if not tensors.setdefault("model.embed_tokens.weight", head).equal(head):
+        embedding = tensors.setdefault("model.embed_tokens.weight", head)
+        if not embedding.equal(head):
             raise ValueError(f"{folder} has two different embeddings, but its config ties them.")
     if dtype is None and "model.embed_tokens.weight" in tensors:
         dtype = DTYPES.get(config.dtype) or tensors["model.embed_tokens.weight"].dtype

@@ -34,16 +34,16 @@ from eval import evaluate, sparkline, unseen_lakes
 from frozen_lake import Episode, TabularQ, make_env, random_lakes, rollout
 from ia3 import IA3
 from icrl import InContext, QNetwork, Recipe, Run, TranscriptTokenizer, atomic_write, check_base
-from icrl import check_context, collate, compact_tokenizer, draw_set, encode_slice
-from icrl import greedy_probability, load_run, play, polyak_update, read_recipe, save_json
-from icrl import save_network, td_loss, td_targets
+from icrl import check_context, collate, compact_tokenizer, encode_slice, greedy_probability
+from icrl import load_run, play, polyak_update, read_recipe, sample_set, save_json, save_network
+from icrl import td_loss, td_targets
 from llama import DEVICE, DTYPES, Llama, LlamaConfig, device_argument, free_memory, load_config
 from llama import load_llama, load_tokenizer, user_errors
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of processes
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # this one's number
 
-# How adapters are trained: the paper's AdamW, and no easy lakes, since the base is no beginner.
+# For adapters: the paper's AdamW; and no easy lakes, as the base is already trained.
 ADAPT = {
     "learning_rate": 0.01,
     "muon_rate": 0.0,
@@ -59,7 +59,7 @@ PAPER = Recipe(
     far_goals=0.0,
     on_policy=0.0,
     lakes=250,
-    episodes=1500,  # on 250 lakes: about as many episodes as the notebook's 9,556 slices hold
+    episodes=1500,  # 375,000 in all: 9,556 slices, as in the notebook, of about 40 episodes each
     collection_steps=955,  # one collection for the whole training
     steps=955,
     tokens=4096,
@@ -71,15 +71,18 @@ PAPER = Recipe(
 
 # ---- the data
 EASY = {"sides": (3, 3), "goal_distance": 2}
-FARTHER = 3  # steps that a far goal is farther away
+FAR_EXTRA_STEPS = 3  # that a far goal is farther away than others
 RANDOM_FRACTION = 0.3  # of Q-learning's episodes, the first ones: it acts at random ...
 GREEDY_PROBABILITY = 0.8  # ... and from then on greedily with this probability
 ON_POLICY_LAKES = 64  # played by the network for each collection of the final phase
-STEPS_FRACTION = 0.8  # of the tokens of an on-policy trial; the rest: starts and ends of episodes
+STEP_TOKENS = 0.8  # about this fraction of a transcript's tokens is steps, the rest starts and ends
 
 
 def collect(run, number):
-    """Yield the batches of one collection. Recipe, number, process and network determine them."""
+    """Yield the batches of one collection.
+
+    They depend on recipe, number, process and network only, so a resumed run can make them again.
+    """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK])
     progress = number * recipe.collection_steps / recipe.steps
@@ -104,7 +107,7 @@ def collect(run, number):
                 if on_policy and rng.random() < recipe.on_policy:
                     yield next(on_policy)
                 else:
-                    yield draw_set(episodes[lake], rng, recipe.quality)
+                    yield sample_set(episodes[lake], rng, recipe.quality)
 
     sets = endless_sets()
     length = recipe.context if final_phase else recipe.tokens
@@ -138,7 +141,7 @@ def new_lakes(recipe, count, progress, rng):
     lakes += random_lakes(count - easy - far, rng, recipe.sides, recipe.goal_distance, test=False)
     if far:
         sides = (recipe.max_side, recipe.max_side)
-        lakes += random_lakes(far, rng, sides, recipe.goal_distance + FARTHER, test=False)
+        lakes += random_lakes(far, rng, sides, recipe.goal_distance + FAR_EXTRA_STEPS, test=False)
     assert not any(lake.is_test for lake in lakes)
     cropped = recipe.cropped * final_phase
     return make_env(lakes, rng, recipe.max_steps, recipe.shuffled, cropped, recipe.slippery)
@@ -158,7 +161,7 @@ def on_policy_trials(run, number):
     def schedule(episode):
         return np.where(env.env_index % 2, greedy_probability(episode), 1.0)
 
-    steps = int(STEPS_FRACTION * recipe.context / run.tokenizer.longest_step)
+    steps = int(STEP_TOKENS * recipe.context / run.tokenizer.longest_step)
     agent = InContext(run, env, rng, schedule)
     trials = rollout(env, agent, episodes=math.inf, step_limit=steps)
     return [trials[i] for i in rng.permutation(len(env))]  # lakes with far goals came last
@@ -191,7 +194,7 @@ def new_network(recipe, tokenizer):
 
 
 def activation_bytes(network, tokens):
-    """What autograd stores of a forward pass of so many tokens; tests/test_benchmark.py counts it.
+    """What autograd stores of a forward pass of `tokens`, as tests/test_benchmark.py counts it.
 
     Beside it, a pass needs about three float32 copies of one layer's feed-forward activation.
     """
@@ -200,7 +203,7 @@ def activation_bytes(network, tokens):
     D = config.hidden_size
     KV = config.num_key_value_heads * config.head_dim
     inner = config.intermediate_size
-    per_layer = 9 * D + 2 * KV + 4 * inner  # numbers per token
+    per_layer = 9 * D + 2 * KV + 4 * inner  # numbers per token, counted where all weights learn
     if network.adapter is not None:
         per_layer = 4 * D + 4 * KV + 4 * inner
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
@@ -221,7 +224,7 @@ class Muon(torch.optim.Optimizer):
             by_shape[p.shape].append(p)
         for (rows, columns), matrices in by_shape.items():  # all of one shape at once
             gradient = torch.stack([p.grad for p in matrices])  # (matrices, rows, columns)
-            state = self.state[matrices[0]]
+            state = self.state[matrices[0]]  # the first one keeps the momentum of all
             momentum = state.setdefault("momentum", torch.zeros_like(gradient))
             momentum.lerp_(gradient, 0.05)
             direction = newton_schulz(gradient.lerp(momentum, 0.95))  # Nesterov momentum
@@ -246,8 +249,8 @@ def make_optimizers(recipe, network):
     """AdamW, and Muon for the layers' matrices. Their `defaults` keep the full learning rates."""
     matrices, rest = [], []
     for name, p in network.trainable_parameters().items():
-        by_muon = recipe.muon_rate and ".layers." in name and p.ndim == 2
-        (matrices if by_muon else rest).append(p)
+        uses_muon = recipe.muon_rate and ".layers." in name and p.ndim == 2
+        (matrices if uses_muon else rest).append(p)
     optimizers = [torch.optim.AdamW(rest, recipe.learning_rate, weight_decay=0.01)]
     if matrices:
         optimizers.append(Muon(matrices, {"lr": recipe.muon_rate, "weight_decay": 0.01}))
@@ -275,7 +278,9 @@ def train(run, args):
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
     slices_per_pass = plan_memory(run)
-    q_values = compile_q_values(run, slices_per_pass) if args.compile else QNetwork.forward
+    q_values = QNetwork.forward  # of the online network as of the target network
+    if args.compile:
+        q_values = compile_q_values(run, slices_per_pass)
     # On-policy trials are played by the weights with which a collection begins. So a run with such
     # trials can only be resumed where a collection begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
@@ -310,8 +315,8 @@ def train(run, args):
         polyak_update(online, target, recipe.alpha)
         step += 1
 
-        # A GPU is still busy with all this while the next batch is made here. Only then is anything
-        # read back from it.
+        # Reading a number back waits for the GPU. So the CPU makes the next batch first, while the
+        # GPU is still busy with this step.
         batch = next(stream, None)
         norm = norm.item()
         check_finite(norm, recipe, step)
@@ -338,7 +343,7 @@ def train(run, args):
 def plan_memory(run):
     """Set `recompute_layers` if not even one slice fits; returns the slices of a micro batch."""
     recipe = run.recipe
-    longest = max(recipe.tokens, recipe.context)
+    longest = max(recipe.tokens, recipe.context)  # shorter slices fit all the more
     needed = activation_bytes(run.network, longest)
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
@@ -506,7 +511,8 @@ def check_recipe(recipe, tokenizer):
         slices = max(1, recipe.batch * recipe.tokens // length)
         if slices % WORLD_SIZE:
             raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {slices} slices.")
-    fewest = tokenizer.longest_episode(2)  # so that each slice has a target
+    # Two steps, so that at least the first has a next Q-value, and with it a target.
+    fewest = tokenizer.longest_episode(2)
     if recipe.tokens < fewest:
         raise ValueError(f"--tokens has to be at least {fewest}, not {recipe.tokens}.")
     check_context(tokenizer, recipe.context, recipe.max_steps)
@@ -571,6 +577,7 @@ def main(arguments=None):
         parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
         print(f"{run.folder}: {parameters:,} parameters are trained.")
         print(f"Stop with Ctrl-C, continue with --resume {run.folder}.")
+        # Down and right to a goal, on a lake that is four tiles wide.
         example = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
         print(f"An episode as the network reads it: {run.tokenizer.text(example)!r}")
     train(run, args)
