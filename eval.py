@@ -13,11 +13,11 @@ Experiments on 200 lakes, played greedily and with the exploration schedule:
     slippery     a step may go to either side
 Others:
     stitching    figure 5: two given paths cross, and one of them leads to a goal
-    policy_map   figure 1, and the best action on every tile; --gif: as a film
+    policy_map   figure 1, and the best action on every tile; --gif: as an animation
     watch        one trial, step by step, with its Q-values
 
-To add one on lakes: its title in TITLES, and where it needs them LAKES and ENV_OPTIONS. `lakes_of`
-makes the lakes.
+To add an experiment `tiny` on lakes of 3 x 3 tiles: "tiny": "unseen lakes of 3 x 3 tiles" in TITLES
+and "tiny": ((3, 3), 2) in LAKE_SIZES. Options of frozen_lake.make_env stand in ENV_OPTIONS.
 """
 
 import argparse
@@ -47,6 +47,7 @@ TITLES = {
     "policy_map": "",
     "watch": "",
 }
+LAKE_SIZES = {"larger": ((6, 7), 4), "far_goals": ((5, 5), 7)}  # sides and goal distance
 ENV_OPTIONS = {"shuffled": {"shuffled": 1.0}, "slippery": {"slippery": 1.0}}  # of make_env
 SCHEDULES = {"greedy": always_greedy, "with the exploration schedule": greedy_probability}
 BASELINES = {
@@ -60,21 +61,18 @@ os.environ["MPLBACKEND"] = "agg"  # draw into files, also where a notebook has s
 
 
 def unseen_lakes(count, sides, goal_distance, skip=0):
-    """The first `count` test lakes of a distribution after `skip` others; the same in every call."""
+    """The first `count` test lakes after `skip` others; the same ones in every call."""
     if count < 1 or skip < 0:
         raise ValueError(f"--trials {count} --skip {skip}: at least 1 lake has to be played.")
     rng = np.random.default_rng(TEST_SEED)
     return random_lakes(skip + count, rng, sides, goal_distance, test=True)[skip:]
 
 
-LAKES = {"larger": ((6, 7), 4), "far_goals": ((5, 5), 7)}  # sides and goal distance
-
-
 def lakes_of(experiment, recipe, trials, skip=0):
     """The lakes of an experiment: a list of stages, each a list of one lake per trial."""
     if experiment == "graphs":
         return [random_graphs(skip + trials, np.random.default_rng(TEST_SEED))[skip:]]
-    sides, goal_distance = LAKES.get(experiment, (recipe.sides, recipe.goal_distance))
+    sides, goal_distance = LAKE_SIZES.get(experiment, (recipe.sides, recipe.goal_distance))
     stages = 2 if experiment == "changing" else 1
     lakes = unseen_lakes(stages * trials, sides, goal_distance, skip)
     return [lakes[stage * trials :][:trials] for stage in range(stages)]
@@ -90,7 +88,7 @@ def play_stages(run, stages, seed, **options):
     return trials
 
 
-def play_baselines(run, seed, *stages, episodes=30, **env_options):
+def play_baselines(run, stages, seed, episodes=30, **env_options):
     """What agents without a network do on the lakes of one stage after another, by name."""
     agents = dict(BASELINES)
     if env_options.get("slippery"):  # elsewhere the optimal return is simply 1
@@ -120,7 +118,7 @@ def evaluate(experiment, runs, out, trials, seed=0, skip=0):
         for name, schedule in SCHEDULES.items():
             label = f"{run.folder.name}, {name}"
             played[label] = play_stages(run, stages, seed, schedule=schedule, **env_options)
-    played |= play_baselines(runs[0], seed, *stages, **env_options)
+    played |= play_baselines(runs[0], stages, seed, **env_options)
     report(out, experiment, f"{trials} {TITLES[experiment]}", played)
 
 
@@ -180,6 +178,7 @@ def plot(path, title, returns):
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
+    # A name is "RUN, VARIANT", or that of a baseline.
     runs = list(dict.fromkeys(name.partition(", ")[0] for name in returns))
     for name, values in returns.items():
         run, _, variant = name.partition(", ")
@@ -250,8 +249,8 @@ def random_path(lake, start, letter, rng):
 def crossing_paths(lake, rng):
     """Two episodes whose paths cross: one from elsewhere to a goal, one from the start into a hole.
 
-    Neither path begins on the other one, so who starts at S has to change from one to the other.
-    None if no such paths were found.
+    Neither path begins on the other one, so an agent that starts at S has to switch paths. None if
+    no such paths were found.
     """
     starts = np.flatnonzero(lake.tiles == "S")
     if len(starts) > 1 or not {"F", "H"} <= {*lake.tiles}:
@@ -269,7 +268,7 @@ def crossing_paths(lake, rng):
 
 
 def stitching(runs, out, trials, seed, skip):
-    """Figure 5: the notebook's lake, five times as there, and others. The agent acts greedily.
+    """Figure 5: the notebook's lake, in five trials as in the notebook, and others, greedily.
 
     On the notebook's lake the winning path goes down the third column, from tile 2 to the goal at
     22; the losing one goes right from the start at tile 8 into the hole at 11. They cross at 10.
@@ -295,7 +294,7 @@ def stitching(runs, out, trials, seed, skip):
         played[f"{name}, greedy"] = play(run, lakes, seed, 5, given=given, schedule=always_greedy)
         without = play(run, lakes, seed, 5, schedule=always_greedy)
         played[f"{name}, without the given episodes"] = without
-    played |= play_baselines(runs[0], seed, lakes, episodes=5)
+    played |= play_baselines(runs[0], [lakes], seed, episodes=5)
     notebook = {name: trials[:5] for name, trials in played.items()}
     others = {name: trials[5:] for name, trials in played.items()}
     print(f"\nThe notebook's lake, five times\n\n{table(notebook)}")
@@ -335,9 +334,10 @@ def policy_of(run, env, lake, given):
     The network is asked once per tile, after the given episodes, as if the next one began there.
     """
     ids = env.tile_ids[0]
-    one_per_tile = make_env([lake] * len(ids), env.rng, env.max_steps)  # for the number of trials
+    # A trial per tile. Of this environment the agent only needs the number of lakes and of steps.
+    one_per_tile = make_env([lake] * len(ids), env.rng, env.max_steps)
     agent = InContext(run, one_per_tile, env.rng, given=[given] * len(ids))
-    q = agent.q_values(ids)  # (tiles, A)
+    q = agent.read_transcripts(ids)  # (tiles, A)
     direction = env.action_map[0, q.argmax(1)]
     return np.array(DIRECTIONS)[direction], q.max(1) / run.recipe.reward_scale
 
@@ -385,21 +385,21 @@ def policy_map(run, path, lake, seed):
     env = make_env([lake], rng, run.recipe.max_steps, shuffled=shuffled)
     (episodes,) = rollout(env, InContext(run, env, rng, always_greedy), 30)
 
-    is_film = path.suffix == ".gif"
-    size = (5, 5) if is_film else (9, 6.2 * len(lake.rows) / lake.width + 1)
+    animated = path.suffix == ".gif"
+    size = (5, 5) if animated else (9, 6.2 * len(lake.rows) / lake.width + 1)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, 1) if is_film else figure.subplots(2, 3)
+    panels = figure.subplots(1, 1) if animated else figure.subplots(2, 3)
     colours = TILE_COLOURS | {"path": PATH_COLOUR}
     patches = [Patch(facecolor=colours[name], ec="black", label=name) for name in colours]
     figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False)
     figure.colorbar(ScalarMappable(Normalize(0, 1), "YlOrRd"), ax=panels, label="Q, best action")
-    if is_film:
+    if animated:
 
         def frame(number):
             draw_episode(panels, run, env, lake, episodes, number)
 
-        film = FuncAnimation(figure, frame, frames=30)
-        save_picture(path, film.save, writer="pillow", fps=2, dpi=70)
+        animation = FuncAnimation(figure, frame, frames=30)
+        save_picture(path, animation.save, writer="pillow", fps=2, dpi=70)
     else:
         for axes, number in zip(panels.flat, (0, 1, 2, 5, 10, 29)):
             draw_episode(axes, run, env, lake, episodes, number)
@@ -412,7 +412,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("experiment", nargs="?", default="unseen", help="see above")
     add("runs", nargs="*", type=Path, metavar="RUN", help="default: the pretrained network")
-    add("--gif", action="store_true", help="policy_map as a film")
+    add("--gif", action="store_true", help="policy_map as an animation")
     add("--lake", type=int, default=0, help="number of the test lake for policy_map and watch")
     add("--trials", type=int, default=200, help="lakes to play")
     add("--skip", type=int, default=0, help="test lakes to leave out before those")

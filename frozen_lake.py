@@ -25,7 +25,6 @@ MAX_STEPS = 100  # gymnasium's step limit
 MAX_SIDE = 10  # the widest and highest lake
 MAX_TILES = MAX_SIDE**2
 SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48: as many as a lake of 7 x 7 has
-CROP_SIDE = 7  # cropped lakes have tile ids as if cut out of a map of at most 7 x 7 tiles
 BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
 NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # figure 5
 
@@ -85,8 +84,7 @@ NOTEBOOK_LAKE = Lake(NOTEBOOK_ROWS)
 def distance_to_goal(moves, distance):
     """Fewest steps from each tile to a goal, (N, S); inf where no goal can be reached.
 
-    moves (N, S, A): the tile that each action leads to. distance (N, S): what is known at first, 0
-    at goals and inf elsewhere.
+    moves (N, S, A): the tile that each action leads to. distance (N, S): 0 at goals, else inf.
     """
     lake = np.arange(len(moves))[:, None, None]
     while True:
@@ -138,24 +136,29 @@ def random_tiles(moves, goal_distance, rng):
 
 
 def random_graphs(count, rng):
-    """Lakes without a grid: 9 to 25 tiles, where an action may lead to any tile; goals are 3+ steps away.
+    """Lakes of 9 to 25 tiles without a grid: an action may lead to any tile.
 
-    They are for tests only: no training sees any.
+    Goals are 3 or more steps away. They are for tests only: no training sees any.
     """
     graphs = []
     while len(graphs) < count:
         size = rng.integers(9, 26)
-        links = rng.integers(size, size=(100, size, len(ACTIONS)))  # 100 tries
+        links = rng.integers(size, size=(100, size, len(ACTIONS)))
         tiles, valid = random_tiles(links, 3, rng)
-        # One per draw of a size. Large graphs are accepted more often and would be too frequent.
+        # Of 100 graphs of a size at most one is taken. Large ones are accepted more often than
+        # small ones, so if all were taken, most graphs would be large.
         for i in np.flatnonzero(valid)[:1]:
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
 
+CROP_SIDE = 7  # tiles
+
+
 def crop_ids(lake, rng):
     """Tile ids (tiles,) as if the lake were cut out of a map of up to 7 x 7 tiles.
 
+    For example, a lake of 2 x 2 from the corner of a map with 5 columns has the ids 0, 1, 5 and 6.
     A network knows only the ids that it has seen; so it gets to know those of larger lakes.
     """
     columns = rng.integers(lake.width, max(CROP_SIDE, lake.width) + 1)
@@ -166,8 +169,10 @@ def crop_ids(lake, rng):
 
 
 # ---- the environment
-# A step of the environment: on N lakes, if each field is an array (N,), or on a single lake. Those
-# that are `active` have episodes left to play. Fields (steps,) hold all steps on one lake.
+# A step of the environment. Its fields are
+#   arrays (N,), of a step on N lakes, of which those that are `active` have episodes left to play;
+#   or numbers, of a step on one lake;
+#   or arrays (steps,), of all steps on one lake.
 Transition = namedtuple(
     "Transition", "state action next_state reward terminated truncated active", defaults=[True]
 )
@@ -285,9 +290,9 @@ def rollout(env, agent, episodes, step_limit=math.inf, first=0):
     """Let an agent play `episodes` episodes on every lake of `env`; returns [lake][episode].
 
     The lakes are stepped together, but none waits for another to end an episode: `agent.act` is
-    told the number of each lake's present episode, counted from `first`. A lake that has played
-    them all goes on, as inactive, until the last one has. After `step_limit` steps everything ends.
-    Inactive steps and unfinished episodes are dropped.
+    told the number of each lake's current episode, counted from `first`. A lake that has played
+    them all is stepped on, but no longer active, until the last one has. After `step_limit` steps
+    everything ends. Steps of inactive lakes and unfinished episodes are dropped.
     """
     episode = np.full(len(env), first)
     history = []
@@ -295,17 +300,20 @@ def rollout(env, agent, episodes, step_limit=math.inf, first=0):
     bar = tqdm(total=len(env) * episodes, desc="Playing", unit="episode", delay=5, leave=False)
     while (active := episode < first + episodes).any() and len(history) < step_limit:
         action = agent.act(state, episode)
-        transition = Transition(state, action, *env.step(action), active)
+        next_state, reward, terminated, truncated = env.step(action)
+        transition = Transition(state, action, next_state, reward, terminated, truncated, active)
         agent.observe(transition)
         history.append(transition)
-        done = transition.terminated | transition.truncated
+        done = terminated | truncated
         state = env.reset(done)
         episode = episode + (done & active)
         bar.update((done & active).sum())
     bar.close()
-    # From one Transition of fields (N,) per step to one of fields (steps,) per lake.
-    fields = [np.stack(steps, axis=1) for steps in zip(*history)]  # each (N, steps)
-    return [split_episodes(Transition(*lake)) for lake in zip(*fields)]
+    steps = Transition(*(np.stack(field) for field in zip(*history)))  # each field (steps, N)
+    trials = []
+    for lake in env.env_index:
+        trials.append(split_episodes(Transition(*(field[:, lake] for field in steps))))
+    return trials
 
 
 def split_episodes(steps):
@@ -364,8 +372,12 @@ class TabularQ:
         self.q[taken] += transition.active * self.learning_rate * error
 
 
-class ValueIteration(RandomAgent):  # which observes nothing either
-    """The optimal agent: it knows the lake, and computes values backwards from the step limit."""
+class ValueIteration:
+    """The optimal agent: it knows the lake, and computes values backwards from the step limit.
+
+    With n steps left, Q_n(s, a) is the mean of max Q_{n-1}(s', .) over the tiles s' that the action
+    may lead to; it is 1 where s' is a goal, and 0 where it is a hole.
+    """
 
     def __init__(self, env, rng):
         self.env = env
@@ -384,6 +396,9 @@ class ValueIteration(RandomAgent):  # which observes nothing either
     def act(self, state, episode):
         direction = self.best[self.env.steps, self.env.env_index, state]
         return (self.env.action_map == direction[:, None]).argmax(1)
+
+    def observe(self, transition):
+        pass
 
 
 class Explorer:
@@ -408,11 +423,12 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        changed = np.isinf(here) | (here == 0)
-        self.leads_to[changed] = self.unknown  # below, all actions of such a lake are equally good
+        changed = np.isinf(here) | (here == 0)  # inf: a known hole, or nothing in reach; 0: a goal
+        self.leads_to[changed] = self.unknown
         self.goal[changed] = False
         next_states = self.leads_to[self.env_index, state]  # (N, A)
         onward = distance[self.env_index[:, None], next_states]
+        onward[changed] = 0.0  # there all actions are equally good
         tie_break = 1e-9 * self.rng.random(onward.shape)
         return np.argmin(onward + tie_break, axis=1)
 

@@ -46,10 +46,9 @@ class IA3(nn.Module):
     def from_peft(self, tensors):
         """Copy the tensors of PEFT's file into the vectors; ValueError if they do not fit."""
         views = self.to_peft()
-        expected = {name: view.shape for name, view in views.items()}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if different := expected.items() ^ found.items():  # (name, shape) that only one of them has
-            raise ValueError(f"The vectors are not those of this model: see {min(different)[0]}.")
+        for name in sorted({*views, *tensors}):
+            if name not in views or name not in tensors or views[name].shape != tensors[name].shape:
+                raise ValueError(f"The vectors are not those of this model: see {name}.")
         for name, view in views.items():  # a view shares the parameter's memory
             view.copy_(tensors[name])
 
@@ -57,12 +56,21 @@ class IA3(nn.Module):
 def main():
     from llama import Llama, LlamaConfig
 
-    adapter = IA3(LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128))  # Llama 3.1 8B
+    llama_8b = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    adapter = IA3(llama_8b)
     for name, vectors in adapter.named_parameters():
         print(f"{name:12} {tuple(vectors.shape)} = {vectors.numel():7,}")
     print(f"together {sum(p.numel() for p in adapter.parameters()):,} parameters")
 
-    config = LlamaConfig(100, 64, 192, 2, 4, 2, 16)
+    config = LlamaConfig(100, 64, 192, 2, 4, 2, 16)  # a small one, with the same fields
     llama = Llama(config)
     tokens = torch.arange(100)[None]
     difference = (llama(tokens, IA3(config)) - llama(tokens)).abs().max()

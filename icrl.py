@@ -74,7 +74,10 @@ class Template(NamedTuple):
         return text + (self.end if t.terminated or t.truncated else self.prompt)
 
     def all_segments(self):
-        """All that an episode can consist of: starts, [tile], steps and endings, [tile][...]."""
+        """All texts that an episode can consist of: starts, [tile], steps and endings, [tile][...].
+
+        They serve to check a tokenizer and to measure lengths, not to make possible episodes.
+        """
         starts, steps, endings = [], [], []
         for tile in range(MAX_TILES):
             plain = [Transition(tile, action, tile, 0, False, False) for action in range(4)]
@@ -87,7 +90,7 @@ class Template(NamedTuple):
         return starts, steps, endings
 
 
-def chat_template(begin, header_start, header_end, message_end, end):
+def chat_template(*, begin, header_start, header_end, message_end, end):
     """Messages with roles, as "<|start_header_id|>action<|end_header_id|>left<|eot_id|>"."""
     return Template(
         begin=begin,
@@ -100,14 +103,34 @@ def chat_template(begin, header_start, header_end, message_end, end):
     )
 
 
-LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-COMPACT = Template("", "{} ", "", "{} ", "1.0 ", "... ", "<|end_of_text|> ")  # "13 up 9 right 10 "
-TEMPLATES = {  # by a marker that the vocabulary has to have; the first one that fits is used
-    "<|eot_id|>": chat_template(*LLAMA3, "<|end_of_text|>"),  # Llama 3, the paper's
-    "<|im_end|>": chat_template("", "<|im_start|>", "\n", "<|im_end|>\n", "<|endoftext|>"),
-    "</s>": chat_template("<s>", "", "</s>", "</s>", "</s>"),  # Llama 2: "action</s>left</s>"
-    "left": COMPACT,  # the small network
-}
+LLAMA_3 = chat_template(  # the paper's
+    begin="<|begin_of_text|>",
+    header_start="<|start_header_id|>",
+    header_end="<|end_header_id|>",
+    message_end="<|eot_id|>",
+    end="<|end_of_text|>",
+)
+CHAT_ML = chat_template(
+    begin="",
+    header_start="<|im_start|>",
+    header_end="\n",
+    message_end="<|im_end|>\n",
+    end="<|endoftext|>",
+)
+LLAMA_2 = chat_template(  # "action</s>left</s>"
+    begin="<s>", header_start="", header_end="</s>", message_end="</s>", end="</s>"
+)
+COMPACT = Template(  # of the small network: "13 up 9 right 10 "
+    begin="",
+    observation="{} ",
+    prompt="",
+    action="{} ",
+    reward="1.0 ",
+    truncated="... ",
+    end="<|end_of_text|> ",
+)
+# By a token that the vocabulary has to have. The first one that fits is used.
+TEMPLATES = {"<|eot_id|>": LLAMA_3, "<|im_end|>": CHAT_ML, "</s>": LLAMA_2, "left": COMPACT}
 
 
 def compact_tokenizer() -> Tokenizer:
@@ -121,9 +144,9 @@ def compact_tokenizer() -> Tokenizer:
 
 def choose_template(tokenizer, vocab_size) -> Template:
     """The first of TEMPLATES that fits a tokenizer and a network; ValueError if none does."""
-    problem = f"has none of the markers {', '.join(TEMPLATES)}"
-    for marker, template in TEMPLATES.items():
-        if tokenizer.token_to_id(marker) is not None:
+    problem = f"has none of the tokens {', '.join(TEMPLATES)}"
+    for token, template in TEMPLATES.items():
+        if tokenizer.token_to_id(token) is not None:
             problem = find_problem(template, tokenizer, vocab_size)
             if problem is None:
                 return template
@@ -131,7 +154,10 @@ def choose_template(tokenizer, vocab_size) -> Template:
 
 
 def find_problem(template, tokenizer, vocab_size) -> str | None:
-    """Why a template does not fit: a transcript has to be tokenized like its segments."""
+    """Why a template does not fit, or None.
+
+    Segments are tokenized one by one, so a tokenizer must not merge characters across borders.
+    """
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -342,7 +368,9 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-CHUNK = 32  # a row with more tokens to read does so alone, so that the others are not padded to it
+CHUNK = (
+    32  # rows with more pending tokens are read one by one; all others are padded to the longest
+)
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -384,25 +412,25 @@ class InContext:
         self.pending = [[] for _ in range(N)]  # tokens that the network has not read, [trial]
         self.active = np.ones(N, bool)  # (N,) trials that had episodes left in the last step
         self.starting = np.ones(N, bool)  # (N,) trials that begin an episode
-        self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the present states
+        self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the current states
         self.trial_of = np.arange(N)  # (rows,)
-        # CHUNK more slots, because a row may be padded by as many tokens.
+        # CHUNK more slots, since a full row is padded by up to CHUNK tokens while others are read.
         self.cache = KVCache(run.network.llama, N, self.context + CHUNK)
         for trial, episodes in enumerate(given or []):
             for episode in episodes:
                 self._start_episode(trial, self.tokenizer.encode(episode))
 
     def act(self, state, episode):
-        """Actions (N,) in states (N,), in the trials' present episodes (N,)."""
-        q = self.q_values(state)
+        """Actions (N,) in states (N,), in the trials' current episodes (N,)."""
+        q = self.read_transcripts(state)
         # An attribute, so that eval.py can mark random actions.
         self.greedy = self.rng.random(len(state)) < self.schedule(episode)
         random_action = self.rng.integers(0, len(ACTIONS), len(state))
         return np.where(self.greedy, q.argmax(1), random_action)
 
     @torch.inference_mode()
-    def q_values(self, state):
-        """Q-values (N, A) in states (N,), which may be the first ones of new episodes."""
+    def read_transcripts(self, state):
+        """Let the network read on, up to the states (N,); returns its Q-values there, (N, A)."""
         for trial in np.flatnonzero(self.starting):
             self._start_episode(trial, self.tokenizer.start(state[trial]))
         self._drop_finished_trials()
@@ -419,8 +447,8 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # Even the last episode of a trial is followed by the start of another one, as `active` is
-        # from before the step. It does no harm: in the next step the trial is inactive.
+        # The end of an episode is followed by the start of the next one. (After the last episode of
+        # a trial it is never played, unless another rollout goes on with this agent.)
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -445,7 +473,7 @@ class InContext:
         if sum(map(len, transcript)) <= self.context:
             return
         while sum(map(len, transcript)) > KEEP_FRACTION * self.context:
-            transcript.pop(0)  # never the present episode: check_context made sure that it fits
+            transcript.pop(0)  # never the current episode: check_context made sure that it fits
         self.pending[trial] = list(chain(*transcript))
         self.cache.lengths[row] = 0
 
@@ -463,7 +491,7 @@ class InContext:
         # count it, so it does no harm.
         last = (counts - 1).clamp(min=0)[:, None].to(device)  # (rows, 1)
         q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
-        cache.lengths += counts
+        cache.lengths += counts  # in place, so in the whole cache, too
         for trial, values in zip(trials, q):
             if self.pending[trial]:
                 self.q[trial] = values
@@ -473,7 +501,7 @@ class InContext:
 def check_context(tokenizer, context, max_steps):
     """ValueError if an episode may be longer than KEEP_FRACTION of the context.
 
-    Then the present episode itself might have to be dropped.
+    Then the current episode itself might have to be dropped.
     """
     needed = math.ceil(tokenizer.longest_episode(max_steps) / KEEP_FRACTION)
     if needed > context:
@@ -519,7 +547,7 @@ def flag(default, text):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of a run, except for the device. Defaults: the small network; see also PAPER.
+    """All settings of a run, except for the device. Defaults: the small network's; cf. train.PAPER.
 
     The curriculum, by the fraction of the training that is over:
 
@@ -546,7 +574,7 @@ class Recipe:
     quality: str = flag("mid", "weight of successful episodes in a set: " + ", ".join(QUALITY))
     shuffled: float = flag(0.0, "fraction of lakes with random tile ids and a random action map")
     cropped: float = flag(
-        0.0, "fraction of the other lakes with the ids of a larger map (final phase)"
+        0.0, "fraction of the unshuffled lakes with the ids of a larger map (final phase)"
     )
     slippery: float = flag(0.0, "fraction of lakes with slippery ice")
     # The curriculum.
@@ -560,9 +588,7 @@ class Recipe:
     # The optimisation.
     steps: int = flag(8400, "optimizer steps")
     tokens: int = flag(512, "tokens in a slice")
-    batch: int = flag(
-        4, "slices of --tokens in a batch; of longer ones as many as have the same number of tokens"
-    )
+    batch: int = flag(4, "slices in a batch; of longer slices fewer, for the same number of tokens")
     gamma: float = flag(0.9, "discount factor")
     reward_scale: float = flag(1.0, "factor of the rewards; 30 suits an official Llama's logits")
     alpha: float = flag(0.1, "weight of the online network in each Polyak update (eq. 8)")

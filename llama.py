@@ -7,8 +7,8 @@ the official names, and its arithmetic is transformers'. There are two departure
 at the hidden states, because we need the logits of four action words only, not of 128,256 tokens.
 And it takes IA3's vectors (ia3.py) as an argument.
 
-Shapes: B batch, T tokens, S slots of the cache, L layers, D model, H heads, K key/value heads,
-hd head size, I feed-forward.
+Shapes: B batch, T tokens, S slots of the cache, U used slots (rounded up), L layers, D model,
+H heads, K key/value heads, hd head size, I feed-forward.
 """
 
 import json
@@ -36,15 +36,15 @@ SLOTS_MULTIPLE = (
     128  # the used part of a cache grows in such steps: fewer shapes to choose kernels for
 )
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-REQUIRED = {  # what a config.json has to say of these settings, if it mentions them at all
+REQUIRED = {  # the only values of these settings that are implemented; None: not to be set
     "model_type": "llama",
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
     "attention_bias": False,
     "mlp_bias": False,
-    "attention_dropout": False,
+    "attention_dropout": 0.0,
     "rope_interleaved": False,
-    "quantization_config": False,
+    "quantization_config": None,
 }
 
 
@@ -164,16 +164,13 @@ class KVCache:
         part.lengths = self.lengths[rows]
         return part
 
-    def append(self, layer, indices, keys, values, span):
-        """Store (B, K, T, hd) in slots `indices` (B, T); return the first `span` slots of all rows.
-
-        Returns keys and values (B, K, span, hd).
-        """
-        # The dimensions of two index tensors around a slice come first: (B, T, K, hd).
-        row = torch.arange(len(indices), device=indices.device)[:, None]  # (B, 1)
-        self.keys[layer][row, :, indices] = keys.transpose(1, 2)
-        self.values[layer][row, :, indices] = values.transpose(1, 2)
-        return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+    def append(self, layer, slots, keys, values, used):
+        """Store (B, K, T, hd) in `slots` (B, T); return the first `used` slots, (B, K, U, hd)."""
+        # Two index tensors with a slice between them: PyTorch puts their dimensions, (B, T), first.
+        row = torch.arange(len(slots), device=slots.device)[:, None]  # (B, 1)
+        self.keys[layer][row, :, slots] = keys.transpose(1, 2)  # (B, T, K, hd)
+        self.values[layer][row, :, slots] = values.transpose(1, 2)
+        return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
 
 def round_up(slots):
@@ -184,14 +181,14 @@ def round_up(slots):
 class Position(NamedTuple):
     """The positions of the tokens of a forward pass, and what follows from them for attention."""
 
-    indices: Tensor  # (B, T) or (1, T), counted from the row's first token
+    ids: Tensor  # (B, T) or (1, T), counted from the row's first token
     cos: Tensor  # (B, 1, T, hd / 2), of RoPE's angles
     sin: Tensor  # (B, 1, T, hd / 2)
-    mask: Tensor | None  # (B, 1, T, S) bool: the slots of the cache that each token attends to
+    mask: Tensor | None  # (B, 1, T, U) bool: the slots of the cache that each token attends to
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the norm in float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019). F.rms_norm computes in float32."""
 
     def __init__(self, config):
         super().__init__()
@@ -233,8 +230,8 @@ class Attention(nn.Module):
             grouped = q.shape[1] != k.shape[1]  # several query heads share a key/value head
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:  # playing: the new tokens attend to the cache, of which they are now the end
-            span = position.mask.shape[-1]
-            k, v = cache.append(layer, position.indices, k, v, span)  # (B, K, S, hd)
+            used = position.mask.shape[-1]  # U
+            k, v = cache.append(layer, position.ids, k, v, used)  # (B, K, U, hd)
             y = attend_to_cache(q, k, v, position.mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -244,7 +241,7 @@ class Attention(nn.Module):
 
 
 def attend_to_cache(q, k, v, mask):
-    """Attention of queries (B, H, T, hd) to keys and values (B, K, S, hd) by mask (B, 1, T, S).
+    """Attention of queries (B, H, T, hd) to keys and values (B, K, U, hd) by mask (B, 1, T, U).
 
     Few GPU kernels take both a mask and grouped heads. So all queries that share a key/value head
     become queries of that head: (B, K, H / K * T, hd).
@@ -317,21 +314,21 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, D)
 
         # The positions of the tokens: after those that the cache already holds.
-        indices = torch.arange(tokens.shape[1], device=x.device)[None]  # (1, T)
+        position_ids = torch.arange(tokens.shape[1], device=x.device)[None]  # (1, T)
         if cache is not None:
-            indices = cache.lengths.to(x.device)[:, None] + indices  # (B, T)
+            position_ids = cache.lengths.to(x.device)[:, None] + position_ids  # (B, T)
 
         # A token attends to the slots up to its own. That hides the padding of shorter rows too:
         # it lies in later slots, which the row's next tokens overwrite.
         mask = None  # without a cache, attention is simply causal
         if cache is not None:
             used = int(cache.lengths.max()) + tokens.shape[1]
-            slots = torch.arange(round_up(used), device=x.device)  # (S,)
-            mask = (slots <= indices[:, :, None])[:, None]  # (B, 1, T, S)
+            slots = torch.arange(round_up(used), device=x.device)  # (U,)
+            mask = (slots <= position_ids[:, :, None])[:, None]  # (B, 1, T, U)
 
-        # RoPE turns queries and keys by an angle that grows with the index.
-        angles = indices[:, None, :, None] * rope_frequencies(self.config, x.device)
-        position = Position(indices, angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask)
+        # RoPE rotates queries and keys by an angle that grows with the position.
+        angles = position_ids[:, None, :, None] * rope_frequencies(self.config, x.device)
+        position = Position(position_ids, angles.cos().to(x.dtype), angles.sin().to(x.dtype), mask)
 
         for i, layer in enumerate(self.model.layers):
             if self.recompute_layers and torch.is_grad_enabled():
@@ -396,7 +393,7 @@ def load_tokenizer(folder) -> Tokenizer:
 
 
 def load_config(source: str | Path, revision="") -> tuple[LlamaConfig, Path]:
-    """The shape of a checkpoint, and the folder of its config.json and tokenizer.json."""
+    """The config of a checkpoint, and the folder of its config.json and tokenizer.json."""
     folder = fetch(source, "config.json", "tokenizer.json", revision=revision)
     path = folder / "config.json"
     with naming_file(path):

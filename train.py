@@ -43,7 +43,7 @@ from llama import load_llama, load_tokenizer, user_errors
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of processes
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # this one's number
 
-# For adapters: the paper's AdamW; and no easy lakes, as the base is already trained.
+# For adapters, as in the paper: AdamW at a constant rate after the warm-up, and no easy lakes.
 ADAPT = {
     "learning_rate": 0.01,
     "muon_rate": 0.0,
@@ -71,17 +71,18 @@ PAPER = Recipe(
 
 # ---- the data
 EASY = {"sides": (3, 3), "goal_distance": 2}
-FAR_EXTRA_STEPS = 3  # that a far goal is farther away than others
-RANDOM_FRACTION = 0.3  # of Q-learning's episodes, the first ones: it acts at random ...
-GREEDY_PROBABILITY = 0.8  # ... and from then on greedily with this probability
+FAR_EXTRA_STEPS = 3  # a far goal is at least so many steps farther away than --goal-distance
+RANDOM_FRACTION = 0.3  # in this fraction of its episodes, the first ones, Q-learning acts randomly
+GREEDY_PROBABILITY = 0.8  # in the other episodes it acts greedily with this probability
 ON_POLICY_LAKES = 64  # played by the network for each collection of the final phase
-STEP_TOKENS = 0.8  # about this fraction of a transcript's tokens is steps, the rest starts and ends
+STEP_TOKEN_FRACTION = 0.8  # of a transcript; the other tokens are starts and endings of episodes
 
 
 def collect(run, number):
     """Yield the batches of one collection.
 
-    They depend on recipe, number, process and network only, so a resumed run can make them again.
+    They depend on the recipe, the number, the process and the network as it is now. So a run that
+    is resumed where a collection begins gets the same batches again.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK])
@@ -110,7 +111,9 @@ def collect(run, number):
                     yield sample_set(episodes[lake], rng, recipe.quality)
 
     sets = endless_sets()
-    length = recipe.context if final_phase else recipe.tokens
+    length = recipe.tokens
+    if final_phase:
+        length = recipe.context  # slices are as long as the transcripts at play
     for _ in range(recipe.collection_steps):
         slices = range(slices_per_process(recipe, length))
         yield collate([encode_slice(run.tokenizer, sets, length, recipe.gamma) for _ in slices])
@@ -123,8 +126,8 @@ def slices_per_process(recipe, length):
 
 def batches(run, step):
     """All batches from an optimizer step on, collection after collection."""
-    first, already_learned = divmod(step, run.recipe.collection_steps)
-    yield from islice(collect(run, first), already_learned, None)
+    first, skip = divmod(step, run.recipe.collection_steps)
+    yield from islice(collect(run, first), skip, None)
     for number in count(first + 1):
         yield from collect(run, number)
 
@@ -152,7 +155,8 @@ def on_policy_trials(run, number):
 
     Only there does it meet its own mistakes, such as walking in a loop to the step limit, and learn
     how little they are worth. On every second lake it plays with the exploration schedule, on the
-    others greedily.
+    others greedily. The episodes of a trial stay in order, as in the transcripts that it reads at
+    play.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK, 1])
@@ -161,7 +165,7 @@ def on_policy_trials(run, number):
     def schedule(episode):
         return np.where(env.env_index % 2, greedy_probability(episode), 1.0)
 
-    steps = int(STEP_TOKENS * recipe.context / run.tokenizer.longest_step)
+    steps = int(STEP_TOKEN_FRACTION * recipe.context / run.tokenizer.longest_step)
     agent = InContext(run, env, rng, schedule)
     trials = rollout(env, agent, episodes=math.inf, step_limit=steps)
     return [trials[i] for i in rng.permutation(len(env))]  # lakes with far goals came last
@@ -246,7 +250,7 @@ def newton_schulz(x):
 
 
 def make_optimizers(recipe, network):
-    """AdamW, and Muon for the layers' matrices. Their `defaults` keep the full learning rates."""
+    """AdamW, and Muon for the layers' matrices. `train` scales the learning rates in `defaults`."""
     matrices, rest = [], []
     for name, p in network.trainable_parameters().items():
         uses_muon = recipe.muon_rate and ".layers." in name and p.ndim == 2
@@ -278,7 +282,7 @@ def train(run, args):
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
     slices_per_pass = plan_memory(run)
-    q_values = QNetwork.forward  # of the online network as of the target network
+    q_values = QNetwork.forward  # unbound, since one (compiled) function serves both networks
     if args.compile:
         q_values = compile_q_values(run, slices_per_pass)
     # On-policy trials are played by the weights with which a collection begins. So a run with such
@@ -347,6 +351,7 @@ def plan_memory(run):
     needed = activation_bytes(run.network, longest)
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
+    # As few passes as possible, over micro batches of equal size.
     passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
     return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
 
@@ -369,7 +374,7 @@ def compile_q_values(run, slices_per_pass):
 
 
 def check_finite(norm, recipe, step):
-    """ValueError if the gradient's norm is infinite or no number."""
+    """ValueError if the gradient's norm is infinite or NaN."""
     if not math.isfinite(norm):
         advice = "lower the learning rates"
         if recipe.dtype == "float16":
@@ -396,7 +401,7 @@ def save_state(run, target, optimizers, step):
 
 @torch.no_grad()
 def load_state(run, target, optimizers):
-    """Take over what `save_state` wrote, if there is such a file; returns the step."""
+    """Restore what `save_state` wrote, if there is such a file; returns the step."""
     path = run.folder / "state.pt"
     if not path.exists():
         return 0
@@ -411,7 +416,7 @@ def load_state(run, target, optimizers):
         message = f"{path} does not fit the run: is the file whole, and recipe.json as it was?"
         raise ValueError(message) from error
     if state["processes"] != WORLD_SIZE and RANK == 0:
-        print(f"{state['processes']} processes became {WORLD_SIZE}: other data follow.")
+        print(f"{state['processes']} processes became {WORLD_SIZE}: the data will differ.")
     return state["step"]
 
 
@@ -516,7 +521,7 @@ def check_recipe(recipe, tokenizer):
     if recipe.tokens < fewest:
         raise ValueError(f"--tokens has to be at least {fewest}, not {recipe.tokens}.")
     check_context(tokenizer, recipe.context, recipe.max_steps)
-    # Are there enough lakes of this kind, of those held out and of those for training?
+    # These raise an error if there are too few such lakes, for tests or for the training.
     unseen_lakes(1, recipe.sides, recipe.goal_distance)
     new_lakes(recipe, max(ON_POLICY_LAKES, recipe.lakes), 1.0, np.random.default_rng(0))
 
