@@ -1,11 +1,11 @@
 """How fast is it? `python tests/benchmark.py [--before FOLDER]`, where nothing else runs.
 
-Two sides, each a process of its own, take turns, and the ratio of their medians comes first. FOLDER
-is a checkout of commit d606332. The peer of training is transformers + PEFT as in the paper's
-notebook: two IA3 adapters on one frozen base, logits of the whole vocabulary from both, gradient
-checkpointing, AdamW. So is that of playing: one trial at a time, the whole transcript tokenised
-anew at each step, and `generate` of one token with a KV cache. Both sides have the same weights and
-pass a whole batch through the network at once; first their Q-values are compared.
+Two sides, each a separate process, take turns. The ratio of their medians comes first. The other
+side of training is transformers + PEFT as in the paper's notebook: two IA3 adapters on one frozen
+base, logits of the whole vocabulary, gradient checkpointing, and AdamW. That of playing plays one
+trial at a time, tokenizes the whole transcript before each step, and lets `generate` make one token
+with a KV cache. Weights and batches are the same, and Q-values are compared first. With --before,
+the other side is the same function on another checkout of this project.
 """
 
 import argparse
@@ -26,40 +26,38 @@ import torch
 import transformers
 from torch.optim import optimizer as hooks
 
-sys.path.append(str(Path(__file__).parents[1]))  # the last one: d606332's folder comes before it
+sys.path.append(str(Path(__file__).parents[1]))  # the last one: --before's folder comes first
 
 import icrl
 import train
-from eval import SHIPPED, test_lakes
+from eval import unseen_lakes
 from frozen_lake import ACTIONS, FrozenLake, random_lakes
-from llama import Llama, LlamaConfig, load_llama
+from llama import DEVICE, Llama, LlamaConfig, load_llama
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS = [107] * hasattr(icrl, "TEMPLATES")  # d606332's has no such argument
-ENCODER = icrl.Encoder(icrl.compact_tokenizer(), *ROWS)
+PRETRAINED = Path(__file__).resolve().parents[1] / "results/general"  # the same for both sides
+TOKENIZER = icrl.TranscriptTokenizer(icrl.compact_tokenizer(), 107)
 SHAPES = {  # config, slices, tokens, type
     "embedded": (LlamaConfig(107, 64, 192, 4, 2, 2, 32), 4, 512, torch.float32),
     "words": (LlamaConfig(128_256, 512, 1536, 4, 8, 8, 64), 2, 1024, torch.float32),
     "8B": (LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128), 1, 4096, torch.bfloat16),
     "tiny 8B": (LlamaConfig(500, 64, 160, 2, 4, 2, 16), 1, 512, torch.bfloat16),
 }
-COMPARISONS = {
+COMPARISONS = {  # title: our side, the other side; None: only with --before
     "Environment, steps/s (goal: 100)": ("our_environment()", "their_environment()"),
     "Playing, steps/s (goal: 12)": ("our_playing()", "their_playing()"),
     "IA3, tokens/s (goal: 6, memory 40 %)": ("our_step('words')", "their_step('words')"),
     "IA3, tokens/s (goal: 1.3)": ("our_step('embedded')", "their_step('embedded')"),
     "IA3, --compile": ("our_step('embedded', compiled=True)", "their_step('embedded')"),
     "Data, tokens/s (goal: 4)": ("our_data()", "our_step()"),
-    "All weights, tokens/s (goal: 0.87)": ("our_step(layers=4)", "our_step('before')"),
-    "No optimizer": ("our_step(layers=4, bare=True)", "our_step('before', bare=True)"),
-    "Playing, steps/s (goal: 0.80)": ("our_playing('{}/results/hour')", "our_playing('before')"),
+    "All weights, tokens/s": ("our_step()", None),
+    "All weights without the optimizer": ("our_step(bare=True)", None),
     "8B, tokens/s": ("our_step('8B')", "their_step('8B')"),
     "8B, playing, steps/s": ("our_playing('8B')", "our_playing('8B', trials=1)"),
 }
 
 
 def peak() -> float:
-    """MiB that this process has had in memory at the most, on a GPU that torch has had there."""
+    """The most MiB that this process has had in memory, or torch on a GPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
@@ -69,7 +67,7 @@ IMPORTS, APART = peak(), []  # MiB; seconds of a turn that do not count
 
 
 def rounds(q=None, seconds: float = 0.5):
-    """The rounds of a side's turns: what is done in each is appended to the list that it yields."""
+    """Yields, for each round of a side's turns, a list to which the side appends what it does."""
     print(json.dumps([] if q is None else q.flatten().tolist()), flush=True)
     for _ in sys.stdin:
         APART.clear()
@@ -104,10 +102,9 @@ def their_environment():
 
 
 def run_of(which: str, **recipe) -> train.Run:
-    """IA3 on one of the shapes, or a new network."""
     if not which:
         made = train.Recipe(**recipe)
-        return train.Run(Path(), made, train.new_network(made, ENCODER).to(DEVICE), ENCODER)
+        return train.Run(Path(), made, train.new_network(made, TOKENIZER).to(DEVICE), TOKENIZER)
     config, batch, tokens, dtype = SHAPES[which]
     random = torch.Generator(DEVICE).manual_seed(0)
     with torch.device("meta"):
@@ -116,26 +113,20 @@ def run_of(which: str, **recipe) -> train.Run:
         p.normal_(0, 0.02, generator=random) if p.ndim == 2 else p.fill_(1)
     network = icrl.QNetwork(llama, range(4), train.IA3(config).to(DEVICE))
     recipe = replace(train.PAPER, model="", batch=batch, tokens=tokens, lakes=9, episodes=100)
-    return train.Run(Path(), recipe, network, ENCODER)
+    return train.Run(Path(), recipe, network, TOKENIZER)
 
 
 def batch_of(run: train.Run) -> icrl.Batch:
-    """Slices; with IA3 an action in ten tokens counts, as many as the paper's transcripts have."""
+    """Slices; with IA3 one token in ten is an action, as in the paper's transcripts."""
     tokens, *others = next(train.collect(run, 0)).to(DEVICE)
     return icrl.Batch(tokens, *(x[:, ::5] if run.network.adapter else x for x in others))
 
 
 def our_step(which: str = "", compiled: bool = False, bare: bool = False, **recipe):
-    """The loop of train.py, or of d606332's, but on one batch and without checkpoints."""
-    if which == "before":
-        train.keep_freed_memory()  # as its main does
-        recipe = replace(train.EMBEDDED, steps=10**9)
-        training = train.Training(recipe, train.new_network(recipe, ENCODER).to(DEVICE))
-        what, batch = (Path(), training, ENCODER), next(train.collect(recipe, 0, ENCODER, None))
-    else:
-        run = run_of(which, **recipe)
-        recipe = replace(run.recipe, steps=10**9, own=0.5, collection_steps=10**9)
-        what, batch = (run._replace(recipe=recipe),), batch_of(run)
+    """The loop of train.py, but on one batch and without checkpoints."""
+    run = run_of(which, **recipe)
+    recipe = replace(run.recipe, steps=10**9, on_policy=0.5, collection_steps=10**9)
+    batch = batch_of(run)
     q = run.network(batch.tokens, batch.positions).detach() if which in SHAPES else None
 
     def collect(*_):
@@ -147,8 +138,8 @@ def our_step(which: str = "", compiled: bool = False, bare: bool = False, **reci
     if bare:
         hooks.register_optimizer_step_pre_hook(lambda *_: APART.append(-perf_counter()))
         hooks.register_optimizer_step_post_hook(lambda *_: APART.append(perf_counter()))
-    args = {"device": DEVICE, "look_every": 10**9, "checkpoint_every": 10**9}
-    train.train(*what, argparse.Namespace(compile=compiled, **args))
+    args = argparse.Namespace(compile=compiled, eval_every=10**9)
+    train.train(run._replace(recipe=recipe), args)
 
 
 def their_step(which: str):
@@ -185,35 +176,29 @@ def their_step(which: str):
 
 
 def our_data():
-    """An early and a late collection of the default recipe, by their shares in a whole training."""
+    """The first and the last collection of the default recipe, weighted as in a whole training."""
     run = run_of("")
-    late = run.recipe.steps // run.recipe.collection_steps - 1  # the last whole one
+    last = run.recipe.steps // run.recipe.collection_steps - 1  # the last whole one
     for done in rounds():
-        for number, share in {0: run.recipe.late_from, late: 1 - run.recipe.late_from}.items():
+        for number, share in {0: run.recipe.final_from, last: 1 - run.recipe.final_from}.items():
             begin = perf_counter()
             done += [share * batch.tokens.numel() for batch in train.collect(run, number)]
             APART.append((1 - share) * (perf_counter() - begin))
 
 
 def our_playing(which: str = "", trials: int = 50):
-    """The network that is shipped here, or that in another folder, or IA3 on one of the shapes."""
-    run = run_of(which) if which in SHAPES else icrl.load_run(SHIPPED, DEVICE)
-    if which.endswith("/hour"):
-        network = icrl.QNetwork(load_llama(which, device=DEVICE), range(4))
-        run = run._replace(network=network, recipe=replace(run.recipe, late_tokens=512))
-    lakes = test_lakes(trials, (3, 5), 4)
-    what = (run, lakes, 0)
-    if which == "before":
-        train.keep_freed_memory()
-        what = (run.network, ENCODER, lakes, 30, np.random.default_rng(0), 512, 100)
+    network = icrl.QNetwork(load_llama(PRETRAINED, device=DEVICE), TOKENIZER.action_tokens)
+    recipe = train.Recipe(final_tokens=2048)  # that of PRETRAINED, as far as it matters here
+    run = run_of(which) if which else train.Run(PRETRAINED, recipe, network, TOKENIZER)
+    lakes = unseen_lakes(trials, (3, 5), 4)
     for done in rounds():
-        done += [len(episode.actions) for trial in icrl.play(*what) for episode in trial]
+        done += [len(episode.actions) for trial in icrl.play(run, lakes, 0) for episode in trial]
 
 
 def their_playing():
-    rng, lakes = np.random.default_rng(0), test_lakes(50, (3, 5), 4)
-    model = transformers.LlamaForCausalLM.from_pretrained(SHIPPED).to(DEVICE)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=ENCODER.tokenizer)
+    rng, lakes = np.random.default_rng(0), unseen_lakes(50, (3, 5), 4)
+    model = transformers.LlamaForCausalLM.from_pretrained(PRETRAINED).to(DEVICE)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.tokenizer)
     how = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     for lake, done in zip(cycle(lakes), rounds(seconds=5)):
         env = gymnasium.make("FrozenLake-v1", desc=list(lake.rows), is_slippery=False)
@@ -225,7 +210,7 @@ def their_playing():
                 tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
                 ids = model.generate(**tokens.to(DEVICE), **how)
                 word = tokenizer.decode(ids[0, -1:])
-                if word not in ACTIONS or rng.random() >= icrl.model_probability(episode):
+                if word not in ACTIONS or rng.random() >= icrl.greedy_probability(episode):
                     word = ACTIONS[rng.integers(4)]
                 state, reward, terminated, truncated, _ = env.step(ACTIONS.index(word))
                 over = terminated or truncated
@@ -234,16 +219,15 @@ def their_playing():
             text += "<|end_of_text|> "
 
 
-def compare(title: str, sides: tuple[str, str], before: str = "", turns: int = 3):
-    """Let two of the functions above take turns, and print what they answer."""
-    pipes, answers, here = [], [], Path(__file__).parent
-    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL  # no progress bars, no peers' warnings
+def compare(title: str, sides: tuple[str, str], before: str | None = None, turns: int = 3):
+    """Let two sides take turns, and print what they answer; the second one by `before`'s files."""
+    pipes, answers, here = [], [], Path(__file__).resolve().parent
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL  # no progress bars, no warnings
     how = {"stdin": pipe, "stdout": pipe, "stderr": nothing, "text": True}
     with tempfile.TemporaryDirectory() as how["cwd"]:
-        for side in sides:
-            path = f"{before if 'before' in side else here.parent}:{here}"
-            how["env"] = os.environ | {"PYTHONPATH": path}
-            code = f"import benchmark; benchmark.{side.format(before)}"
+        for side, checkout in zip(sides, (here.parent, before or here.parent)):
+            how["env"] = os.environ | {"PYTHONPATH": f"{Path(checkout).resolve()}:{here}"}
+            code = f"import benchmark; benchmark.{side}"
             pipes.append(subprocess.Popen([sys.executable, "-c", code], **how))
         apart = np.ptp([json.loads(pipe.stdout.readline()) for pipe in pipes], axis=0)
         for pipe in pipes * (1 + turns):
@@ -263,10 +247,10 @@ def compare(title: str, sides: tuple[str, str], before: str = "", turns: int = 3
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", default="", help="folder of a checkout of commit d606332")
+    parser.add_argument("--before", metavar="FOLDER", help="an earlier checkout to compare with")
     before = parser.parse_args().before
     modules = torch, transformers, peft, gymnasium, np
     print(torch.get_num_threads(), "threads,", *(f"{m.__name__} {m.__version__}" for m in modules))
-    for title, sides in COMPARISONS.items():
-        if ("before" in sides[1]) <= bool(before) and ("8B" in title) <= (DEVICE == "cuda"):
-            compare(title, sides, before)
+    for title, (ours, theirs) in COMPARISONS.items():
+        if (before or theirs) and ("8B" in title) <= (DEVICE == "cuda"):
+            compare(title, (ours, ours if before else theirs), before)

@@ -1,8 +1,8 @@
-"""`python tests/memory.py`: what training an adapter takes, as the README's table in Markdown.
+"""`python tests/memory.py`: the memory that training an adapter takes, as a table in Markdown.
 
-It downloads and computes nothing; the checkpoints' shapes stand below. The last columns follow
-train.py's rule, one slice at a time: activations are kept if they fit beside the weights, else only
-the layers' inputs are, and one layer's own activations while its gradient is computed.
+It downloads nothing: the checkpoints' shapes are below. The last columns follow train.py's rule for
+one slice. Activations are stored if they fit beside the weights. Else only the layers' inputs are,
+and the activations of one layer while its gradient is computed.
 """
 
 import sys
@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from ia3 import IA3
 from llama import KVCache, Llama, LlamaConfig
-from train import kept_bytes
+from train import activation_bytes
 
 DTYPE = torch.bfloat16
 CHECKPOINTS = {  # LlamaConfig's sizes, whether the vocabulary is tied, tokens of a slice
@@ -29,7 +29,6 @@ CUDA = 0.7e9  # bytes that CUDA itself takes
 
 
 def row(name: str) -> list[str]:
-    """The cells of a checkpoint."""
     shape, tied, tokens = CHECKPOINTS[name]
     config = LlamaConfig(*shape, tie_word_embeddings=tied)
     with torch.device("meta"):
@@ -38,17 +37,17 @@ def row(name: str) -> list[str]:
     trained = sum(p.numel() for p in adapter.parameters())
     weights = sum(p.nbytes for p in llama.parameters())
     matrices = sum(p.numel() for p in llama.model.layers.parameters() if p.ndim == 2)
-    # each token attends to half a slice on average: products with so many keys, and so many values
+    # On average a token attends to half a slice: products with as many keys and values.
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
-    kept = kept_bytes(config, tokens, DTYPE)
+    activations = activation_bytes(config, tokens, DTYPE)
     inputs = tokens * config.num_hidden_layers * config.hidden_size * DTYPE.itemsize
-    checkpointed = inputs + kept // config.num_hidden_layers
-    gib = (f"{count / 2**30:.2f} GiB" for count in (weights, kept))
+    recomputed = inputs + activations // config.num_hidden_layers
+    gib = (f"{count / 2**30:.2f} GiB" for count in (weights, activations))
     cells = [name, f"{trained:,}", *gib, f"{(cache.keys.nbytes + cache.values.nbytes) >> 20} MiB"]
     cells.append(f"{2 * (matrices + attention) / 1e9:.1f} G")
     for gpu in GPUS:
         free = gpu * 1e9 - CUDA - weights
-        cells.append("kept" if kept < free else "checkpointed" if checkpointed < free else "-")
+        cells.append("stored" if activations < free else "recomputed" if recomputed < free else "-")
     return cells
 
 

@@ -1,4 +1,4 @@
-"""llama.py's downloads, from a Hub of our own on loopback: what arrives, and what is refused."""
+"""llama.py's downloads from a local copy of the Hub: what arrives, and what is refused."""
 
 import json
 import os
@@ -21,7 +21,7 @@ WORDS = {f"w{i}": i for i in range(64)}
 WANTED = r"(config|tokenizer)\.json|.*\.safetensors(\.index\.json)?"
 
 
-class Handler(BaseHTTPRequestHandler):  # the Hugging Face Hub, which has only tiny/llama
+class Handler(BaseHTTPRequestHandler):  # the Hugging Face Hub, with tiny/llama only
     def do_GET(self):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         pattern = r"(?:/api/models)?/(\w+/\w+)/(revision|tree|resolve)/(refs/pr/1|[^/]+)/?(.*)"
@@ -57,11 +57,11 @@ class Handler(BaseHTTPRequestHandler):  # the Hugging Face Hub, which has only t
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub, which llama.py asks with the settings `hub.client`, and a cache that is empty."""
+    """The Hub, which llama.py asks with the settings `hub.client`, and an empty cache."""
     hub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.commits, hub.refs = {}, {}  # commit: file: content, and branch or tag: commit
-    hub.cuts, hub.meanwhile = {}, {}  # file: the bytes that come, and what happens meanwhile
-    hub.token, hub.gets = None, []  # the token to ask for; commit and name of each file that went
+    hub.commits, hub.refs = {}, {}  # {commit: {file: content}}, {branch or tag: commit}
+    hub.cuts, hub.meanwhile = {}, {}  # by file: how many bytes come, what happens meanwhile
+    hub.token, hub.gets = None, []  # the token needed; (commit, name) of each file sent
     hub.client = {"endpoint": f"http://127.0.0.1:{hub.server_port}", "cache_dir": tmp_path / "a"}
     get = huggingface_hub.snapshot_download
     monkeypatch.setattr(llama, "snapshot_download", lambda *a, **k: get(*a, **k, **hub.client))
@@ -75,7 +75,6 @@ def hub(tmp_path, monkeypatch):
 
 
 def push(hub, files: dict[str, bytes], ref: str = "main") -> str:
-    """Let this branch or tag point at a new commit of these files."""
     hub.refs[ref] = commit = f"{len(hub.commits):040x}"
     hub.commits[commit] = files
     return commit
@@ -83,7 +82,7 @@ def push(hub, files: dict[str, bytes], ref: str = "main") -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Checkpoints as transformers saves them, with a tokenizer and with pickles: files, weights."""
+    """Checkpoints as transformers saves them, with a tokenizer and pickles: (files, weights)."""
     made, config = {}, transformers.LlamaConfig(**LlamaConfig(64, 16, 32, 2, 2, 1, 8).to_dict())
     for kind, size in {"single": "1GB", "sharded": "12KB"}.items():
         folder, network = tmp_path_factory.mktemp(kind), transformers.LlamaForCausalLM(config)
@@ -102,7 +101,7 @@ def assert_loads(weights: dict, revision: str = ""):
 
 
 def refused(words: str, source="tiny/llama", revision="") -> str:
-    """Assert that load_llama raises a ValueError with these words, one sentence with a cause."""
+    """Assert that load_llama raises a ValueError with these words: one sentence, with a cause."""
     with pytest.raises(ValueError, match=words) as caught:
         load_llama(source, revision=revision)
     assert not re.search(r"\n|[.!?] +[A-Z]", str(caught.value))
@@ -112,7 +111,7 @@ def refused(words: str, source="tiny/llama", revision="") -> str:
 
 @pytest.mark.parametrize(("kind", "other"), [("single", "sharded"), ("sharded", "single")])
 def test_a_repository_loads_by_its_id(kind, other, hub, made):
-    """What is needed arrives, once, and of one commit, even if the branch moves meanwhile."""
+    """What is needed arrives once, from one commit, even if the branch moves meanwhile."""
     commit = push(hub, made[kind][0])
     hub.meanwhile["config.json"] = lambda: push(hub, made[other][0])
     assert_loads(made[kind][1])
@@ -133,7 +132,7 @@ def test_a_branch_a_tag_or_a_commit_can_be_pinned(ref, hub, made):
 
 @pytest.mark.parametrize("option", [{"local_files_only": True}, {"endpoint": "http://127.0.0.1:9"}])
 def test_without_a_network_the_cache_serves(option, hub, made):
-    """Be it switched off or dead: what was loaded loads again, and what is missing is refused."""
+    """Switched off or broken: what was loaded loads again, and what is missing is refused."""
     push(hub, made["sharded"][0])
     assert_loads(made["sharded"][1])
     push(hub, made["single"][0], "v1.0")
@@ -141,14 +140,14 @@ def test_without_a_network_the_cache_serves(option, hub, made):
     hub.client |= option
     hub.gets.clear()
     assert_loads(made["sharded"][1])
-    for revision in ("v1.0", "v2.0"):  # of which the weights are missing, and all
-        refused("not in the Hub's cache.* network", revision=revision)
+    for revision in ("v1.0", "v2.0"):  # without its weights, and without any file
+        refused("not in the Hub's cache: go online", revision=revision)
     assert hub.gets == []
 
 
 @pytest.mark.parametrize("token", [False, "stranger"])
-def test_what_cannot_be_had_is_named(token, hub, made):
-    """A gated repository, until one has its token; and what does not exist, or never could."""
+def test_what_cannot_be_downloaded_is_named(token, hub, made):
+    """A gated repository without its token, and what does not exist or cannot exist."""
     push(hub, made["single"][0])
     hub.token, hub.client["token"] = "granted", token
     refused("tiny/llama is gated: .*`hf auth login`")
@@ -159,8 +158,8 @@ def test_what_cannot_be_had_is_named(token, hub, made):
     refused("no-.-thing .*HFValidationError", "no-/-thing")
 
 
-def test_a_shard_cut_short_is_not_taken_for_whole(hub, made):
-    """It is refused, nothing of it is loaded from the cache either, and once it comes all loads."""
+def test_a_shard_that_was_cut_short_is_not_used(hub, made):
+    """It is refused, and the cache does not hold it. Once it arrives whole, all loads."""
     push(hub, made["sharded"][0])
     hub.cuts["model-00002-of-00003.safetensors"] = 5000
     refused("tiny/llama cannot be downloaded")
@@ -172,7 +171,7 @@ def test_a_shard_cut_short_is_not_taken_for_whole(hub, made):
 
 
 def test_a_damaged_file_of_the_cache_is_named(hub, made):
-    """Once the file that the refusal names is deleted, it is downloaded again and all loads."""
+    """Once the named file is deleted, it is downloaded again, and all loads."""
     push(hub, made["single"][0])
     assert_loads(made["single"][1])
     os.truncate(load_config("tiny/llama")[1] / "model.safetensors", 5000)
@@ -182,7 +181,7 @@ def test_a_damaged_file_of_the_cache_is_named(hub, made):
 
 @pytest.mark.parametrize("single", [True, False])
 def test_the_weights_are_one_file_or_else_those_of_the_index(single, hub, made):
-    """Be they in a folder, and each once; whatever other weights there are stay where they are."""
+    """They may be in a subfolder. Each is fetched once, and no other weights are."""
     files, weights = made["sharded"]
     moved = {f.replace("model-", "parts/part-"): content for f, content in files.items()}
     index = "model.safetensors.index.json"
@@ -198,7 +197,7 @@ def test_the_weights_are_one_file_or_else_those_of_the_index(single, hub, made):
 def test_pickles_are_never_fetched_nor_weights_that_the_config_rules_out(hub, made):
     files, _ = made["single"]
     push(hub, {name: content for name, content in files.items() if "safetensors" not in name})
-    with pytest.raises(ValueError, match="is not whole"):
+    with pytest.raises(ValueError, match="is incomplete"):
         load_llama("tiny/llama")
     push(hub, files | {"config.json": b'{"model_type": "bert"}'}, "v1.0")
     refused("bert", revision="v1.0")

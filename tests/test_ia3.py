@@ -29,18 +29,12 @@ def random_twins() -> tuple[transformers.LlamaForCausalLM, Llama, IA3]:
 
 
 def save(folder: Path, llama: Llama, adapter: IA3):
-    save_network(
-        Run(
-            folder,
-            Recipe(model="the/base", revision="of this commit"),
-            QNetwork(llama, [], adapter),
-            None,
-        )
-    )
+    recipe = Recipe(model="the/base", revision="of this commit")
+    save_network(Run(folder, recipe, QNetwork(llama, [], adapter), None))
 
 
 def test_llama_3_1_8b_has_524288_parameters(capsys):
-    """The paper's number, all trained and all ones at first; `python ia3.py` says so."""
+    """The paper's number. All are trained, and all are ones at first. `python ia3.py` says so."""
     adapter = IA3(LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128))
     assert sum(v.numel() for v in adapter.parameters() if v.requires_grad) == 524_288
     assert all(torch.equal(v, torch.ones_like(v)) for v in adapter.parameters())
@@ -49,13 +43,12 @@ def test_llama_3_1_8b_has_524288_parameters(capsys):
 
 
 def test_ones_change_nothing():
-    """A new adapter leaves every hidden state bit for bit as it was, in bfloat16 too."""
     ours = random_twins()[1].bfloat16()
     assert torch.equal(ours(TOKENS), ours(TOKENS, IA3(ours.config)))
 
 
 def test_files_logits_and_gradients_are_those_of_peft(tmp_path):
-    """PEFT loads what was saved here, we load what PEFT saves; both compute and learn the same."""
+    """PEFT loads our file, and we load PEFT's. Logits and gradients are the same."""
     theirs, ours, adapter = random_twins()
     save(tmp_path, ours, adapter)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
@@ -79,7 +72,7 @@ def test_files_logits_and_gradients_are_those_of_peft(tmp_path):
 
 
 def test_vectors_of_another_model_or_method_are_refused():
-    """A vector that is missing, unknown or of another size, and a LoRA's matrices."""
+    """A missing vector, an unknown one, one of another size, and a LoRA's matrices."""
     theirs, _, adapter = random_twins()
     lora = peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["k_proj", "v_proj"]))
     tensors = adapter.to_peft()
@@ -90,13 +83,13 @@ def test_vectors_of_another_model_or_method_are_refused():
             adapter.from_peft(tensors)
 
 
-def test_a_save_that_dies_leaves_the_earlier_files(tmp_path, monkeypatch):
-    """A file never has its name before it is whole, and what was written until then goes."""
+def test_a_save_that_fails_leaves_the_earlier_files(tmp_path, monkeypatch):
+    """A file has its name only when it is whole. What was written before a failure is deleted."""
     _, ours, adapter = random_twins()
     save(tmp_path, ours, adapter)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before.keys() == {"adapter_config.json", ADAPTER}
-    monkeypatch.setattr(Path, "replace", None)  # all is written then, and nothing is in its place
+    monkeypatch.setattr(Path, "replace", None)  # fails when all is written, but not in place
     with pytest.raises(TypeError, match="not callable"):
         save(tmp_path, ours, IA3(ours.config))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,4 +1,4 @@
-"""The README is true: what its links name, its figures, the files that it lists."""
+"""The README is true: its links, its figures, and the files that it lists."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_line_links_point_at_what_they_name():
-    """Every [`name`](file.py#Lnumber) leads to the line that defines the name."""
+    """Every [`name`](file.py#L12) leads to the line that defines the name."""
     links = re.findall(r"\[`(?:\w+\.)?(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(links) > 10
     for name, file, number in links:
@@ -19,8 +19,8 @@ def test_line_links_point_at_what_they_name():
         assert re.match(definition, line), f"{name} is not at {file}:{number}, but {line!r}"
 
 
-def test_the_files_of_the_tree_exist_and_the_page_is_short():
-    """Each relative link and each name of the annotated tree is there; at most 200 lines."""
+def test_the_files_exist_and_the_page_is_short():
+    """Of every relative link, and of every line that begins with a file's name. 200 lines."""
     names = re.findall(r"\]\((?!http|#)([^)#]+)", README)
     names += re.findall(r"^(\w+\.py|\w+/) ", README, re.M)
     assert len(names) > 8
@@ -29,12 +29,12 @@ def test_the_files_of_the_tree_exist_and_the_page_is_short():
 
 
 def test_figures_are_those_of_the_curves_that_they_link_to():
-    """In a link's text and cells after it: 0.123 for episodes 25-29 or 55-59, | 0.12 | for 0."""
-    pattern, quoted = r"\[([^]]*)\]\(results/([\w/]+)/curve\.csv\)([^\[\n]*)", []
+    """In a link's text and cells behind it: 0.123 for episodes 25-29 or 55-59, | 0.12 | for 0."""
+    pattern, quoted = r"\[([^]]*)\]\(results/([\w/-]+)/curve\.csv\)([^\[\n]*)", []
     for text, folder, cells in re.findall(pattern, README):
         path = ROOT / "results" / folder / "curve.csv"
         episode, mean = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(2, 3), quotechar='"').T
-        ends = mean.reshape(-1, round(episode.max() + 1) // 5, 5).mean(2)[:, ::-6]  # by player
+        ends = mean.reshape(-1, round(episode.max() + 1) // 5, 5).mean(2)[:, ::-6]  # by agent
         for figure in re.findall(r"\b[01]\.\d{3}\b", text + cells):
             quoted.append(np.abs(ends - float(figure)).min() < 0.00051)
         for figure in re.findall(r"\| (0\.\d\d) ", cells):

@@ -1,11 +1,10 @@
-"""What users of projects of this kind have reported: each case tried here, with what is right."""
+"""What users of projects of this kind have reported, and what should happen instead."""
 
 import io
 import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from test_icrl import MARKERS, episode, make_tokenizer
 from test_llama import TINY, save_files
-from test_train import ENVIRONMENT, ROOT, SMALL, contents
+from test_train import ENVIRONMENT, ROOT, SMALL, contents, status_of
 
 import eval as evaluation
 import frozen_lake
@@ -28,18 +27,37 @@ import icrl
 from icrl import load_run, read_recipe
 from llama import Llama, LlamaConfig
 
-SHORT = " ".join([*SMALL, "--steps 10 --episodes 20 --trials 1 --look-every 5"])
-
-
-def status_of(command: str, **folders) -> int:
-    """The exit status of one of the six files; these names stand for folders."""
-    words = [str(folders.get(word, word)) for word in shlex.split(command)]
-    with patch.object(sys, "argv", words):
-        try:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        except SystemExit as end:
-            return end.code or 0
-    return 0
+SHORT = " ".join([*SMALL, "--steps 10 --episodes 20 --trials 1 --eval-every 5"])
+REFUSED = """revision: train.py --model EXTRA --revision x; older version: eval.py unseen OLD
+    2048: eval.py unseen ADAPTED --context 2049; older version: train.py --resume OLD
+    older version: train.py --model OLD; float16: train.py --model HALF --dtype float16 --steps 9
+    --tokens: train.py --model TALKS --tokens 64 --final-tokens 8192
+    state.pt: train.py --resume RUN; state.pt: train.py --resume ADAMW
+    state.pt: train.py --resume WIDE; token: llama.py EXTRA '<|im_end|>'
+    prompt is empty: llama.py EXTRA ' '; tokenizer.json does not exist: llama.py PLAIN 1
+    config.json does not exist: llama.py . 1; /no/such is no folder: llama.py /no/such 1
+    ./no is no folder: llama.py ./no 1; ~/no is no folder: train.py --model ~/no
+    a/b/c is no folder: train.py --model a/b/c; /dev/null/x: train.py NEW --out /dev/null/x
+    usage: llama.py; usage: llama.py . w1 w2; prompt is empty: llama.py EXTRA ''
+    nowhere: icrl.py nowhere; nearer goals: train.py NEW --goal-distance 30"""
+CASES = [case.strip().split(": ") for case in re.split(r"; |\n", REFUSED)]
+CASES += [("--seed", f"train.py NEW --seed {seed}") for seed in (-1, 2**32, 2**64)]
+CASES += [("--seed", f"eval.py unseen EXTRA --seed {seed}") for seed in (-1, 2**32, 2**64)]
+for experiment in ("unseen", "stitching", "changing", "policy_map"):
+    CASES.append(("/dev/null/x", f"eval.py {experiment} EXTRA --out /dev/null/x"))
+PRINTING = ["frozen_lake.py", "llama.py RUN 1", "icrl.py RUN", "eval.py watch RUN"]
+TOGETHER = """import os, runpy, sys, time, eval
+from pathlib import Path
+def together(*arguments, original=eval.unseen_lakes):
+    Path(f"here{os.getpid()}").touch()
+    while len(list(Path().glob("here*"))) < 2:
+        time.sleep(0.01)
+    return original(*arguments)
+eval.unseen_lakes = together  # both get here before either makes its folder
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+LAUNCHERS = [({"RANK": "3"}, 0, 1), ({"RANK": "3", "WORLD_SIZE": "1"}, 0, 1)]
+LAUNCHERS += [({"RANK": "", "WORLD_SIZE": ""}, 0, 1), ({"RANK": "1", "WORLD_SIZE": "2"}, 1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +67,19 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-# ---- what is refused in a sentence
 @pytest.fixture(scope="module")
 def folders(finished, tmp_path_factory) -> dict[str, Path]:
-    """Runs and bases with a fault each, by name."""
+    """Runs and bases, most of them with a fault, by name."""
     top, short = tmp_path_factory.mktemp("folders"), "--steps 1 --collection-steps 1 --trials 1"
-    made = {
-        name: top / name for name in "ADAPTED ADAMW WIDE RUN OLD HALF EXTRA PLAIN TALKS".split()
-    }
+    names = "ADAPTED ADAMW WIDE RUN OLD HALF EXTRA PLAIN TALKS".split()
+    made = {name: top / name for name in names}
     flags = {"ADAPTED": f"--model RUN {short}", "ADAMW": f"{SHORT} {short} --muon-rate 0"}
     flags["WIDE"] = f"{SHORT} {short} --width 32"
     for name in "RUN OLD HALF EXTRA PLAIN".split():
         shutil.copytree(finished, made[name])
     for name, more in flags.items():
         assert status_of(f"train.py {more} --out {name}", **made) == 0
-    shutil.copy(made["RUN"] / "state.safetensors", made["WIDE"])
+    shutil.copy(made["RUN"] / "state.pt", made["WIDE"])
     for name, old, new in (("RUN", "0.01", "0.0"), ("ADAMW", "0.0", "0.01"), ("WIDE", "0", "0")):
         text = re.sub(r'"steps": \d+', '"steps": 20', (made[name] / "recipe.json").read_text())
         text = text.replace(f'"muon_rate": {old},', f'"muon_rate": {new},')
@@ -87,39 +103,22 @@ def folders(finished, tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-REFUSED = """revision: train.py --model EXTRA --revision x; 2048: eval.py ADAPTED --context 2049
-    older version: eval.py OLD; older version: train.py --resume OLD
-    older version: train.py --model OLD; float16: train.py --model HALF --dtype float16 --steps 9
-    --tokens: train.py --model TALKS --tokens 64 --late-tokens 8192
-    state.safetensors: train.py --resume RUN; state.safetensors: train.py --resume ADAMW
-    state.safetensors: train.py --resume WIDE; token: llama.py EXTRA '<|im_end|>'
-    token: llama.py EXTRA ' '; tokenizer.json does not exist: llama.py PLAIN 1
-    config.json does not exist: llama.py . 1; /no/such is no folder: llama.py /no/such 1
-    ./no is no folder: llama.py ./no 1; ~/no is no folder: train.py --model ~/no
-    a/b/c is no folder: train.py --model a/b/c; /dev/null/x: train.py NEW --out /dev/null/x
-    /dev/null/x: eval.py EXTRA --out /dev/null/x; hops: train.py NEW --min-hops 30"""
-CASES = [case.strip().split(": ") for case in re.split(r"; |\n", REFUSED)]
-CASES += [("--seed", f"train.py NEW --seed {seed}") for seed in (-1, 2**32, 2**64)]
-CASES += [("--seed", f"eval.py EXTRA --seed {seed}") for seed in (-1, 2**32, 2**64)]
-for what in ("stitching", "changing", "beliefs"):
-    CASES.append(("/dev/null/x", f"eval.py EXTRA {what} --out /dev/null/x"))
-
-
 @pytest.mark.parametrize(("words", "command"), CASES)
 def test_refused(folders, tmp_path, monkeypatch, capsys, words, command):
-    """Exit status 2 and a sentence with these words; nothing is played before, nor claimed."""
+    """Exit status 2 and one sentence with these words. Nothing is played, and no folder made."""
     for module in (frozen_lake, icrl, evaluation) if "HALF" not in command else ():
-        monkeypatch.setattr(module, "roll_out", lambda *_, **__: pytest.fail("it plays"))
+        monkeypatch.setattr(module, "rollout", lambda *_, **__: pytest.fail("it plays"))
     monkeypatch.chdir(tmp_path)
     assert status_of(command.replace("NEW", SHORT), **folders) == 2
-    errors, program = capsys.readouterr().err, command.split()[0]
+    (output, errors), program = capsys.readouterr(), command.split()[0]
+    assert program == "train.py" or not output
     assert re.search(rf"^{program}: .*{re.escape(words)}.*\n\Z", errors, re.M), errors
     assert len(re.findall(rf"^{program}: ", errors, re.M)) == 1
     assert "HALF" in command or not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_ends_in_a_sentence(tmp_path, capsys):
-    """Files of at most 20 KiB, too few for the weights; nothing half-written is left."""
+    """Files of at most 20 KiB, too few for the weights. No part of a file is left."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, before[1]))
@@ -131,16 +130,15 @@ def test_a_full_disk_ends_in_a_sentence(tmp_path, capsys):
     assert contents(tmp_path / "run").keys() == {"tokenizer.json"}
 
 
-# ---- processes, terminals and the launcher's environment
-def outcome(*arguments, **environment) -> tuple[int, list[str]]:
-    """Exit status and the lines on stderr of a process of its own."""
+def outcome(*arguments, stdout=subprocess.PIPE, **environment) -> tuple[int, list[str]]:
+    """Exit status and the lines on stderr of a separate process."""
     command, env = [sys.executable, *map(str, arguments)], ENVIRONMENT | environment
-    done = subprocess.run(command, capture_output=True, env=env, text=True, timeout=200)
+    done = subprocess.run(command, stdout=stdout, stderr=-1, env=env, text=True, timeout=200)
     return done.returncode, done.stderr.splitlines()
 
 
 def test_without_a_compiler_compile_is_refused_in_a_sentence(tmp_path):
-    """Before anything is written, and not in the compiler's own page of words."""
+    """Before anything is written, without the long message of the compiler."""
     where = {"PATH": "/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     flags = [*SHORT.split(), "--compile", "--out", tmp_path / "run"]
     status, (line,) = outcome(ROOT / "train.py", *flags, **where)
@@ -148,12 +146,9 @@ def test_without_a_compiler_compile_is_refused_in_a_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-PRINTING = ["frozen_lake.py", "llama.py RUN 1", "icrl.py RUN", "eval.py RUN --watch"]
-
-
 @pytest.mark.parametrize("command", PRINTING)
 def test_a_closed_pipe_is_no_error(finished, monkeypatch, capsys, command):
-    """As of `| head -1`: exit status 0 and silence, even where all comes out at the very end."""
+    """As with `| head -1`: exit status 0 and no message, even if all is written at the end."""
     read, write = os.pipe()
     os.close(read)
     monkeypatch.setattr(sys, "stdout", open(write, "w"))  # noqa: SIM115
@@ -162,25 +157,33 @@ def test_a_closed_pipe_is_no_error(finished, monkeypatch, capsys, command):
     assert capsys.readouterr().err == ""
 
 
+def test_a_training_whose_reader_has_gone_writes_all_files(finished, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = (ROOT / "train.py", *SHORT.split(), "--out", tmp_path / "small")
+    status, errors = outcome(*command, stdout=write)
+    assert (status, "Error" in str(errors), "step 5: mean" in str(errors)) == (0, False, True)
+    assert contents(tmp_path / "small") == contents(finished)
+
+
 def test_no_terminal_and_no_notebook_spoils_an_evaluation(finished, tmp_path):
-    """What a terminal cannot print is replaced; the picture is for a file, not for a notebook."""
+    """What a terminal cannot print is replaced. A notebook's backend does not matter."""
     notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = (ROOT / "eval.py", finished, "--trials", 1, "--out", tmp_path / "out")
+    command = (ROOT / "eval.py", "unseen", finished, "--trials", 1, "--out", tmp_path / "out")
     assert outcome(*command, PYTHONIOENCODING="cp1252", **notebook)[0] == 0
     assert contents(tmp_path / "out").keys() == {"curve.csv", "curve.png"}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_no_terminal_stops_a_training(finished, tmp_path, monkeypatch, encoding):
-    """Its looks and its table are written to one that has no bars: all files are the same."""
+    """One without the characters of the curves: all files are the same."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    assert status_of(f"train.py {SHORT} --out NEW", NEW=tmp_path / "run") == 0
-    assert contents(tmp_path / "run") == contents(finished)
+    assert status_of(f"train.py {SHORT} --out NEW", NEW=tmp_path / "small") == 0
+    assert contents(tmp_path / "small") == contents(finished)
 
 
 def test_the_curve_is_written_before_anything_is_printed(tmp_path, monkeypatch):
-    """So that no terminal can take it away."""
     found, name = [], str(tmp_path / "curve.csv")
     monkeypatch.setattr("builtins.print", lambda *_, **__: found.append(os.path.exists(name)))
     evaluation.report(tmp_path, "unseen", "a title", {"someone": [[episode([0, 1], [2])] * 5]})
@@ -189,29 +192,16 @@ def test_the_curve_is_written_before_anything_is_printed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("no font"), RuntimeError("no font")])
 def test_a_picture_that_fails_is_a_remark(finished, tmp_path, monkeypatch, capsys, error):
-    """Beside the curve, with exit status 0; 2 where the picture is what was asked for."""
+    """Exit status 0, because the curve is written; 2 if only the picture was asked for."""
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: (_ for _ in ()).throw(error))
-    assert status_of("eval.py RUN --trials 1 --out NEW", RUN=finished, NEW=tmp_path) == 0
+    assert status_of("eval.py unseen RUN --trials 1 --out NEW", RUN=finished, NEW=tmp_path) == 0
     assert "no font" in "".join(capsys.readouterr())
     assert contents(tmp_path).keys() == {"curve.csv"}
-    assert status_of("eval.py RUN beliefs --out NEW", RUN=finished, NEW=tmp_path) == 2
+    assert status_of("eval.py policy_map RUN --out NEW", RUN=finished, NEW=tmp_path) == 2
     assert re.fullmatch("eval.py: [^\n]*no font[^\n]*\n", capsys.readouterr().err)
 
 
-TOGETHER = """import os, runpy, sys, time, eval
-from pathlib import Path
-def together(*arguments, original=eval.test_lakes):
-    Path(f"here{os.getpid()}").touch()
-    while len(list(Path().glob("here*"))) < 2:
-        time.sleep(0.01)
-    return original(*arguments)
-eval.test_lakes = together  # both have seen what runs there are before either makes its folder
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-
-
-def test_two_at_once_have_a_number_each(tmp_path):
-    """And each all the files of its own recipe."""
+def test_two_runs_at_once_get_different_numbers(tmp_path):
     short = f"{SHORT} --steps 1 --collection-steps 1"
     command = [sys.executable, "-c", TOGETHER, ROOT / "train.py", *short.split(), "--seed"]
     how = {"cwd": tmp_path, "env": ENVIRONMENT, "stdout": -3, "stderr": -3}
@@ -221,17 +211,13 @@ def test_two_at_once_have_a_number_each(tmp_path):
     assert [run.name for run in runs] == ["1", "2"]
     assert {read_recipe(run).seed for run in runs} == {1, 2}
     command = f"train.py {short} --seed {read_recipe(runs[0]).seed} --out NEW"
-    assert status_of(command, NEW=tmp_path / "again") == 0
-    assert contents(tmp_path / "again") == contents(runs[0])
-
-
-LAUNCHERS = [({"RANK": "3"}, 0, 1), ({"RANK": "3", "WORLD_SIZE": "1"}, 0, 1)]
-LAUNCHERS += [({"RANK": "", "WORLD_SIZE": ""}, 0, 1), ({"RANK": "1", "WORLD_SIZE": "2"}, 1, 2)]
+    assert status_of(command, NEW=tmp_path / "1") == 0
+    assert contents(tmp_path / "1") == contents(runs[0])
 
 
 @pytest.mark.parametrize(("variables", "rank", "size"), LAUNCHERS)
 def test_a_rank_counts_among_several_processes_only(tmp_path, monkeypatch, variables, rank, size):
-    """Alone, a run is written whatever the environment says; empty is unset."""
+    """A single process writes its run, whatever RANK is. An empty variable counts as unset."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     module = runpy.run_path(str(ROOT / "train.py"))
@@ -241,9 +227,8 @@ def test_a_rank_counts_among_several_processes_only(tmp_path, monkeypatch, varia
         assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-# ---- the folder of a run
-def test_a_recipe_has_a_file_of_its_own(finished, tmp_path):
-    """An adapter's folder is one to transformers too: without config.json, with its base's name."""
+def test_the_recipe_is_a_separate_file(finished, tmp_path):
+    """So transformers loads an adapter's folder: it has no config.json, and names its base."""
     assert json.loads((finished / "recipe.json").read_text()) == asdict(load_run(finished).recipe)
     assert "icrl" not in json.loads((finished / "config.json").read_text())
     command = "train.py --model RUN --steps 3 --collection-steps 3 --learning-rate 0.3 --trials 1"
