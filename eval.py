@@ -63,7 +63,7 @@ os.environ["MPLBACKEND"] = "agg"  # draw into files, also where a notebook has s
 def unseen_lakes(count, sides, goal_distance, skip=0):
     """The first `count` test lakes after `skip` others; the same ones in every call."""
     if count < 1 or skip < 0:
-        raise ValueError(f"--trials {count} --skip {skip}: at least 1 lake has to be played.")
+        raise ValueError(f"No test lake has been asked for: {count} after {skip} others.")
     rng = np.random.default_rng(TEST_SEED)
     return random_lakes(skip + count, rng, sides, goal_distance, test=True)[skip:]
 
@@ -199,11 +199,10 @@ def save_picture(path, save, **options):
             save(temporary, **options)
     except Exception as error:
         raise ValueError(f"{path} cannot be drawn: {error!r}") from error
-    print(f"Written: {path}")
 
 
 def report(folder, experiment, title, played):
-    """Write curve.csv, print the table, and draw curve.png if matplotlib is installed."""
+    """Write curve.csv, draw curve.png if matplotlib is installed, and print the table."""
     returns = {name: returns_of(trials) for name, trials in played.items()}
     with atomic_write(folder / "curve.csv") as path, open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -213,13 +212,14 @@ def report(folder, experiment, title, played):
             for episode, row in enumerate(zip(mean, *wilson(mean, len(values)))):
                 cells = [f"{value:.4f}" for value in row]
                 writer.writerow([experiment, name, episode, *cells, len(values)])
-    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}")
+    picture = f"Written: {folder / 'curve.png'}"
     try:
         plot(folder / "curve.png", title, returns)
     except ImportError:
-        print("(for a picture: pip install matplotlib)")
+        picture = "(for a picture: pip install matplotlib)"
     except ValueError as error:  # the curve itself is safe in the file
-        print(f"(no picture: {error})")
+        picture = f"(no picture: {error})"
+    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}\n{picture}")
 
 
 # ---- stitching
@@ -404,6 +404,7 @@ def policy_map(run, path, lake, seed):
         for axes, number in zip(panels.flat, (0, 1, 2, 5, 10, 29)):
             draw_episode(axes, run, env, lake, episodes, number)
         save_picture(path, figure.savefig, dpi=150)
+    print(f"Written: {path}")
 
 
 def main(arguments=None):
@@ -428,6 +429,9 @@ def main(arguments=None):
         raise ValueError(f"There is no experiment {experiment!r}: choose from {', '.join(TITLES)}.")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed has to be in 0 to {2**32 - 1}, not {args.seed}.")
+
+    if experiment in ("watch", "policy_map") and len(args.runs) > 1:
+        raise ValueError(f"{experiment} shows one run: leave out {args.runs[1]}.")
 
     runs = [load_run(run, args.device, args.context) for run in args.runs or [PRETRAINED]]
     first = runs[0]

@@ -359,8 +359,11 @@ def fetch(source: str | Path, *patterns, revision="") -> Path:
         return Path(snapshot_download(source, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the Hub's library and its HTTP library have many kinds
         first_words = str(error).strip().partition("\n")[0].partition(". ")[0]
-        failed = f"cannot be downloaded from the Hub: {type(error).__name__}, {first_words}"
-        raise ValueError(f"{source} {HUB_ERRORS.get(type(error), failed)}") from error
+        reason = f"cannot be downloaded from the Hub: {type(error).__name__}, {first_words}"
+        for kind, known_reason in HUB_ERRORS.items():
+            if isinstance(error, kind):
+                reason = known_reason
+        raise ValueError(f"{source} {reason}") from error
 
 
 @contextmanager

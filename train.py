@@ -198,10 +198,7 @@ def new_network(recipe, tokenizer):
 
 
 def activation_bytes(network, tokens):
-    """What autograd stores of a forward pass of `tokens`, as tests/test_benchmark.py counts it.
-
-    Beside it, a pass needs about three float32 copies of one layer's feed-forward activation.
-    """
+    """What autograd stores of a forward pass of `tokens`, as tests/test_benchmark.py counts it."""
     config = network.llama.config
     weights = network.llama.unembedding
     D = config.hidden_size
@@ -212,8 +209,7 @@ def activation_bytes(network, tokens):
         per_layer = 4 * D + 4 * KV + 4 * inner
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
             per_layer += 2 * D  # the norms of a CPU keep a float32 copy
-    stored = tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
-    return stored + 3 * tokens * inner * torch.float32.itemsize
+    return tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
 
 
 # ---- the optimizers
@@ -281,6 +277,7 @@ def train(run, args):
     optimizers = make_optimizers(recipe, online)
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
+    introduce(run)
     slices_per_pass = plan_memory(run)
     q_values = QNetwork.forward  # unbound, since one (compiled) function serves both networks
     if args.compile:
@@ -323,7 +320,10 @@ def train(run, args):
         # GPU is still busy with this step.
         batch = next(stream, None)
         norm = norm.item()
-        check_finite(norm, recipe, step)
+        if not math.isfinite(norm):
+            bar.close()
+            done = f"after {step - 1} steps"
+            raise ValueError(f"The gradient's norm is {norm} {done}: {advice(recipe)}.")
 
         # The log, an evaluation on unseen lakes, a checkpoint.
         if RANK == 0:
@@ -335,7 +335,7 @@ def train(run, args):
                 lakes = unseen_lakes(EVAL_LAKES, recipe.sides, recipe.goal_distance)
                 returns = sparkline(play(run, lakes, seed=0))
                 text = f"step {step}: mean return on {EVAL_LAKES} unseen lakes {returns}"
-                bar.write(text, file=sys.stderr)  # stdout may be a pipe that is closed by now
+                bar.write(text, file=sys.stderr)
             if step % checkpoint_every == 0 or step == recipe.steps:
                 with atomic_write(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
@@ -344,11 +344,25 @@ def train(run, args):
     bar.close()
 
 
+def introduce(run):
+    """Say what is trained. Until the end all is said on stderr: stdout may be a closed pipe."""
+    if RANK == 0:
+        parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
+        print(f"{run.folder}: {parameters:,} parameters are trained.", file=sys.stderr)
+        print(f"Stop with Ctrl-C, continue with --resume {run.folder}.", file=sys.stderr)
+        # Down and right to a goal, on a lake that is four tiles wide.
+        example = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
+        text = run.tokenizer.text(example)
+        print(f"An episode as the network reads it: {text!r}", file=sys.stderr)
+
+
 def plan_memory(run):
     """Set `recompute_layers` if not even one slice fits; returns the slices of a micro batch."""
     recipe = run.recipe
     longest = max(recipe.tokens, recipe.context)  # shorter slices fit all the more
-    needed = activation_bytes(run.network, longest)
+    inner = run.network.llama.config.intermediate_size
+    in_passing = 3 * longest * inner * torch.float32.itemsize  # copies of a layer's feed-forward
+    needed = activation_bytes(run.network, longest) + in_passing
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
     # As few passes as possible, over micro batches of equal size.
@@ -373,13 +387,13 @@ def compile_q_values(run, slices_per_pass):
     return torch.compile(QNetwork.forward, dynamic=False, mode=mode)  # for both networks
 
 
-def check_finite(norm, recipe, step):
-    """ValueError if the gradient's norm is infinite or NaN."""
-    if not math.isfinite(norm):
-        advice = "lower the learning rates"
-        if recipe.dtype == "float16":
-            advice += ", or take bfloat16: float16 may be too small for it"
-        raise ValueError(f"The gradient's norm is {norm} in step {step}: {advice}.")
+def advice(recipe):
+    """What to do about a gradient that is infinite or NaN."""
+    if recipe.dtype == "float16":
+        return (
+            "take bfloat16, since numbers may be too large for float16, or lower the learning rates"
+        )
+    return "lower the learning rates"
 
 
 # ---- checkpoints
@@ -579,14 +593,9 @@ def main(arguments=None):
     if RANK == 0:
         for leftover in run.folder.glob("tmp.*"):  # of a process that was killed
             leftover.unlink()
-        parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
-        print(f"{run.folder}: {parameters:,} parameters are trained.")
-        print(f"Stop with Ctrl-C, continue with --resume {run.folder}.")
-        # Down and right to a goal, on a lake that is four tiles wide.
-        example = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
-        print(f"An episode as the network reads it: {run.tokenizer.text(example)!r}")
     train(run, args)
     if RANK == 0:
+        save_network(run)  # a process that was killed may have left an older one
         evaluate("unseen", [run], run.folder / "unseen", args.trials)
 
 

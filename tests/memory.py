@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from ia3 import IA3
 from llama import KVCache, Llama, LlamaConfig
+from icrl import QNetwork
 from train import activation_bytes
 
 DTYPE = torch.bfloat16
@@ -39,7 +40,7 @@ def row(name: str) -> list[str]:
     matrices = sum(p.numel() for p in llama.model.layers.parameters() if p.ndim == 2)
     # On average a token attends to half a slice: products with as many keys and values.
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
-    activations = activation_bytes(config, tokens, DTYPE)
+    activations = activation_bytes(QNetwork(llama, range(4), adapter), tokens)
     inputs = tokens * config.num_hidden_layers * config.hidden_size * DTYPE.itemsize
     recomputed = inputs + activations // config.num_hidden_layers
     gib = (f"{count / 2**30:.2f} GiB" for count in (weights, activations))

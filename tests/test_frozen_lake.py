@@ -270,7 +270,7 @@ def test_the_explorer_wastes_no_episode_and_forgets_a_lake_that_was_replaced():
 def test_tabular_q_update_by_hand():
     """It bootstraps at the step limit, not at holes and goals. Finished lakes change nothing."""
     env = FrozenLake([Lake(("SFG",))], rng())
-    agent = TabularQ(env, rng(), greedy_probability=np.ones_like, gamma=0.9, rate=0.5)
+    agent = TabularQ(env, rng(), greedy_probability=np.ones_like, gamma=0.9, learning_rate=0.5)
     agent.q[0, 2] = 7.0  # the goal's values, which no update may read
     for step in (  # from the end, so that the values travel back
         (1, RIGHT, 2, 1.0, True, False, True),  # Q(1, right) = 0 + 0.5 (1 - 0) = 0.5

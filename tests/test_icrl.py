@@ -147,7 +147,7 @@ def test_a_slice_holds_the_tokens_of_legal_transitions(tokenizer):
     """By segments or all at once. Q is read at the last token before an action word."""
     lakes = random_lakes(3, rng := np.random.default_rng(0), (3, 4), 2, test=False)
     env = FrozenLake(lakes, rng, max_steps=12)
-    sets = [icrl.draw_set(e, rng) for e in rollout(env, RandomAgent(env, rng), 6)]
+    sets = [icrl.sample_set(e, rng) for e in rollout(env, RandomAgent(env, rng), 6)]
     text, rules = "", {"is_slippery": False, "max_episode_steps": 12}
     for lake, drawn in zip(lakes, sets):
         env = gymnasium.make("FrozenLake-v1", desc=lake.rows, **rules)
@@ -155,46 +155,48 @@ def test_a_slice_holds_the_tokens_of_legal_transitions(tokenizer):
             env.reset()
             tile = env.unwrapped.s = e.observations[0]
             assert lake.tiles[tile] == "S"
-            text += tokenizer.template.start(tile)
+            text += tokenizer.template.start_text(tile)
             for i, action in enumerate(e.actions):
                 tile, reward, done, cut, _ = env.step(action)
                 step = Transition(None, action, tile, reward, done, cut and not done)
-                text += tokenizer.template.transition(step)
+                text += tokenizer.template.transition_text(step)
                 assert (done or cut) == (i == len(e.actions) - 1)
     assert all(end in text for end in ("1.0", "..."))
     tokens, positions = read(tokenizer, text)
     length = tokens.shape[1] - 7
     batch = encode_slice(tokenizer, iter(sets), length, 0.9)
     assert torch.equal(batch.tokens, tokens[0, :length])
-    assert torch.equal(batch.positions, positions[positions < length])
+    inside = positions[positions < length]
+    assert torch.equal(batch.positions[: len(inside)], inside)
+    assert not batch.mask[len(inside) :].any()
 
 
 # 0 right 1 right 2 1.0 <|end_of_text|> 0 left 0 down 3 ... <|end_of_text|>
 @pytest.mark.parametrize(("length", "mask"), [(2, "0"), (3, "11"), (9, "110"), (10, "1111")])
 def test_rewards_discounts_and_mask_of_a_slice_by_hand(length, mask):
-    """An episode's last action has no next value. Nothing beyond the slice is in the loss."""
+    """An episode's last action has no next value. Nothing beyond the slice is in the loss. Zeros
+    pad the columns to a size that depends on the length only."""
     batch, n = encode_slice(COMPACT, iter([[WON, CUT]]), length, gamma=0.9), len(mask)
+    padding = [0] * (length // 2 + 1 - n)
     expected = [[0, 2, 7, 9], [2, 2, 0, 1], [0, 1, 0, 0], [0.9, 0, 0.9, 0]]
     for column, numbers in zip(batch[1:5], expected):
-        assert column.tolist() == pytest.approx(numbers[:n])
-    assert batch.mask.tolist() == [letter == "1" for letter in mask]
+        assert column.tolist() == pytest.approx(numbers[:n] + padding)
+    assert batch.mask.tolist() == [letter == "1" for letter in mask] + padding
     longer = encode_slice(COMPACT, iter([[episode([0] * 15, [0] * 14)]]), length, gamma=0.9)
     for both, ours, other in zip(icrl.collate([batch, longer]), batch, longer):
-        assert torch.equal(both[0, : len(ours)], ours)
-        assert not both[0, len(ours) :].any()
-        assert torch.equal(both[1], other)
+        assert torch.equal(both, torch.stack([ours, other]))
 
 
 @pytest.mark.parametrize(("quality", "share"), [("high", 5 / 6), ("mid", 1 / 2), ("low", 1 / 6)])
 def test_a_set_is_20_to_40_episodes_weighted_as_in_figure_6_and_in_no_order(quality, share):
     """Each occurs at most once. Its place says nothing about when it was played, or its return."""
     rng, half = np.random.default_rng(0), [episode([i, 1], [2], paid=i % 2) for i in range(400)]
-    sets = [icrl.draw_set(half, rng, quality) for _ in range(400)]
+    sets = [icrl.sample_set(half, rng, quality) for _ in range(400)]
     assert {len(drawn) for drawn in sets} == set(range(20, 41))
     assert all(len(set(map(id, drawn))) == len(drawn) for drawn in sets)
     assert np.mean([e.episode_return for e in chain(*sets)]) == pytest.approx(share, abs=0.03)
     few = half[:60]  # successes run out
-    places = [[*enumerate(icrl.draw_set(few, rng, quality))] for _ in range(400)]
+    places = [[*enumerate(icrl.sample_set(few, rng, quality))] for _ in range(400)]
     rows = [(i / len(s), e.observations[0], e.episode_return) for s in places for i, e in s]
     place = np.corrcoef(np.transpose(rows))[0, 1:]
     assert np.abs(place).max() < 4 / len(rows) ** 0.5  # standard errors

@@ -132,7 +132,7 @@ def test_checkpoints_of_transformers_load_and_compute_the_same(changes, dtype, t
     assert expected.std() > 0.5
     assert_same(found, expected, atol=max(1e-4, 4 * torch.finfo(dtype).eps))
     ours, theirs = load_llama(str(tmp_path), torch.float32), read(tmp_path, dtype=torch.float32)
-    ours.checkpointing = dtype == torch.float16
+    ours.recompute_layers = dtype == torch.float16
     for values in (ours(TOKENS) @ ours.unembedding.T, theirs(TOKENS).logits):
         values.tanh().square().sum().backward()
     for name, parameter in ours.named_parameters():

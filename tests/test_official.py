@@ -71,8 +71,8 @@ def q_of(theirs, tokenizer, batch):
     return torch.stack([row[positions] for row, positions in zip(logits, batch.positions)])
 
 
-@pytest.mark.parametrize(("model", "needed"), [("", 0), ("a base", 0), ("a base", 1e30)])
-def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch, model, needed):
+@pytest.mark.parametrize(("needed", "slices"), [(0, 3), (6 * 10**8, 1), (10**10, 1)])
+def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch, needed, slices):
     """Q-values, loss and gradients to 1e-4: all slices at once, one by one, or recomputed."""
     folder, tokenizer, batch = official
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
@@ -99,13 +99,16 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
 
     ours = QNetwork(load_llama(folder), tokenizer.action_tokens, adapter)
     torch.testing.assert_close(ours(*batch[:2]), q["theta"], atol=1e-4, rtol=1e-4)
-    recipe = Recipe(model=model, steps=1, batch=3, tokens=400, reward_scale=30.0, grad_clip=0.0)
+    recipe = Recipe(steps=1, batch=3, tokens=400, reward_scale=30.0, grad_clip=0.0)
     state["optimizers"] = [o.state_dict() for o in train.make_optimizers(recipe, ours)]
     torch.save(state, tmp_path / "state.pt")
     monkeypatch.setattr(train, "collect", lambda *_: iter([batch]))
+    monkeypatch.setattr(train, "free_memory", lambda _: 10**9)
     monkeypatch.setattr(train, "activation_bytes", lambda *_: needed)
-    train.train(Run(tmp_path, recipe, ours, tokenizer), Namespace(compile=False, eval_every=9))
-    assert ours.llama.checkpointing == bool(needed)
+    run = Run(tmp_path, recipe, ours, tokenizer)
+    assert train.plan_memory(run) == slices
+    train.train(run, Namespace(compile=False, eval_every=9))
+    assert ours.llama.recompute_layers == (needed > 10**9)
     row = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
     expected = [loss.item(), torch.stack(taken).mean().item(), targets.mean().item()]
     np.testing.assert_allclose(row[1:4], expected, rtol=1e-4)
@@ -159,7 +162,7 @@ def test_bfloat16_and_chatml_train_too(tmp_path, capsys):
     save_checkpoint(tmp_path, "ChatML")
     flags = ["--model", str(tmp_path), *FLAGS, "--dtype", "bfloat16", "--steps", "1"]
     train.main([*flags, "--out", str(tmp_path / "run")])
-    assert r"<|im_start|>action\ndown<|im_end|>\n" in capsys.readouterr().out
+    assert r"<|im_start|>action\ndown<|im_end|>\n" in capsys.readouterr().err
     network = load_run(tmp_path / "run").network
     assert network.llama.unembedding.dtype == torch.bfloat16
     assert {vector.dtype for vector in network.adapter.parameters()} == {torch.float32}

@@ -35,9 +35,9 @@ REFUSED = """revision: train.py --model EXTRA --revision x; older version: eval.
     state.pt: train.py --resume RUN; state.pt: train.py --resume ADAMW
     state.pt: train.py --resume WIDE; token: llama.py EXTRA '<|im_end|>'
     prompt is empty: llama.py EXTRA ' '; tokenizer.json does not exist: llama.py PLAIN 1
-    config.json does not exist: llama.py . 1; /no/such is no folder: llama.py /no/such 1
-    ./no is no folder: llama.py ./no 1; ~/no is no folder: train.py --model ~/no
-    a/b/c is no folder: train.py --model a/b/c; /dev/null/x: train.py NEW --out /dev/null/x
+    config.json does not exist: llama.py . 1; /no/such is not a folder: llama.py /no/such 1
+    ./no is not a folder: llama.py ./no 1; ~/no is not a folder: train.py --model ~/no
+    a/b/c is not a folder: train.py --model a/b/c; /dev/null/x: train.py NEW --out /dev/null/x
     usage: llama.py; usage: llama.py . w1 w2; prompt is empty: llama.py EXTRA ''
     nowhere: icrl.py nowhere; nearer goals: train.py NEW --goal-distance 30"""
 CASES = [case.strip().split(": ") for case in re.split(r"; |\n", REFUSED)]
