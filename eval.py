@@ -83,7 +83,7 @@ def play_stages(run, stages, seed, **options):
     trials = [[] for _ in stages[0]]
     for number, lakes in enumerate(stages):
         given = trials if number > 0 else None
-        played = play(run, lakes, seed, first=30 * number, given=given, **options)
+        played = play(run, lakes, seed, first_episode=30 * number, given=given, **options)
         trials = [before + after for before, after in zip(trials, played)]
     return trials
 
@@ -102,7 +102,7 @@ def play_baselines(run, stages, seed, episodes=30, **env_options):
         agent = make_agent(largest, rng)
         trials = [[] for _ in stages[0]]
         for number, env in enumerate(envs):
-            more = rollout(env, agent, episodes, first=number * episodes)
+            more = rollout(env, agent, episodes, first_episode=number * episodes)
             trials = [before + after for before, after in zip(trials, more)]
         played[name] = trials
     return played
@@ -179,10 +179,12 @@ def plot(path, title, returns):
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     # A name is "RUN, VARIANT", or that of a baseline.
-    runs = list(dict.fromkeys(name.partition(", ")[0] for name in returns))
+    runs = list(dict.fromkeys(name.partition(", ")[0] for name in returns if ", " in name))
     for name, values in returns.items():
         run, _, variant = name.partition(", ")
-        colour = BASELINE_COLOURS.get(name, RUN_COLOURS[runs.index(run) % len(RUN_COLOURS)])
+        colour = BASELINE_COLOURS.get(name)
+        if run in runs:
+            colour = RUN_COLOURS[runs.index(run) % len(RUN_COLOURS)]
         dashed = variant not in ("", "greedy")
         mean = values.mean(0)
         axes.plot(mean, "--" if dashed else "-", label=name, color=colour)
@@ -320,7 +322,7 @@ def watch(run, lake, seed):
     print(f"The lake, of which the network sees tile ids only:\n{draw(lake)}")
     for number in range(30):
         print(f"\nepisode {number}\n  tile " + "".join(f"{f'Q({word})':>9}" for word in ACTIONS))
-        ((episode,),) = rollout(env, agent, 1, first=number)
+        ((episode,),) = rollout(env, agent, 1, first_episode=number)
         print(f"{draw(lake, episode.observations)}\nreturn {episode.episode_return:.0f}")
 
 
@@ -416,8 +418,8 @@ def main(arguments=None):
     add("--gif", action="store_true", help="policy_map as an animation")
     add("--lake", type=int, default=0, help="number of the test lake for policy_map and watch")
     add("--trials", type=int, default=200, help="lakes to play")
-    add("--skip", type=int, default=0, help="test lakes to leave out before those")
-    add("--context", type=int, help="tokens to look back on (default: as many as in training)")
+    add("--skip", type=int, default=0, help="number of test lakes to skip before those")
+    add("--context", type=int, help="context length in tokens (default: as in training)")
     add("--device", type=device_argument, default=DEVICE, help="cpu, cuda, cuda:1, ...")
     add("--seed", type=int, default=0, help="seed of everything but the lakes")
     add("--out", type=Path, help="folder (default: RUN/EXPERIMENT, or RUN/EXPERIMENT-RUN2-...)")

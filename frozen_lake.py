@@ -65,8 +65,12 @@ class Lake:
 
     @property
     def is_test(self):
-        """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map."""
-        return self.rows == NOTEBOOK_ROWS or zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
+        """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map.
+
+        A world with `links` never is.
+        """
+        chosen = zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
+        return not self.links and (chosen or self.rows == NOTEBOOK_ROWS)
 
 
 def grid_moves(height, width):
@@ -218,7 +222,8 @@ class FrozenLake:
 
     def reset(self, which):
         """Begin an episode at a random start on lakes `which`, bool (N,); all states (N,)."""
-        # Draw the number of a start, then find the state where the count of starts reaches it.
+        # A random start on all lakes at once: draw a number from 1 to the count of starts, and find
+        # the state at which the running count of starts reaches it.
         starts = self.start[which]  # (n, S)
         number = 1 + (self.rng.random(len(starts)) * starts.sum(1)).astype(int)
         self.state = self.state.copy()  # the caller may still hold the old one
@@ -235,7 +240,7 @@ class FrozenLake:
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
         self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        entered = self.state != previous  # no reward for a step on a goal, if nobody has reset it
+        entered = self.state != previous  # as in gymnasium, to stay on a goal pays nothing
         rewards = self.goal[self.env_index, self.state] & entered
         terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
@@ -286,19 +291,19 @@ class Episode:
         return list(map(Transition, *columns))
 
 
-def rollout(env, agent, episodes, step_limit=math.inf, first=0):
+def rollout(env, agent, episodes, step_limit=math.inf, first_episode=0):
     """Let an agent play `episodes` episodes on every lake of `env`; returns [lake][episode].
 
     The lakes are stepped together, but none waits for another to end an episode: `agent.act` is
-    told the number of each lake's current episode, counted from `first`. A lake that has played
-    them all is stepped on, but no longer active, until the last one has. After `step_limit` steps
-    everything ends. Steps of inactive lakes and unfinished episodes are dropped.
+    told the number of each lake's current episode, counted from `first_episode`. A lake that has
+    played them all is stepped on, but no longer active, until the last one has. After `step_limit`
+    steps everything ends. Steps of inactive lakes and unfinished episodes are dropped.
     """
-    episode = np.full(len(env), first)
+    episode = np.full(len(env), first_episode)
     history = []
     state = env.reset(np.ones(len(env), bool))
     bar = tqdm(total=len(env) * episodes, desc="Playing", unit="episode", delay=5, leave=False)
-    while (active := episode < first + episodes).any() and len(history) < step_limit:
+    while (active := episode < first_episode + episodes).any() and len(history) < step_limit:
         action = agent.act(state, episode)
         next_state, reward, terminated, truncated = env.step(action)
         transition = Transition(state, action, next_state, reward, terminated, truncated, active)
@@ -391,7 +396,8 @@ class ValueIteration:
             q = (1 - 2 * slip) * intended + slip * sideways
             best.append(q.argmax(-1))
             value = q.max(-1)
-        self.best = np.array(best[::-1])  # (max_steps, N, S) directions, by the steps taken
+        # (max_steps, N, S) directions by the steps taken; reversed, as the last step came first
+        self.best = np.array(best[::-1])
 
     def act(self, state, episode):
         direction = self.best[self.env.steps, self.env.env_index, state]
@@ -404,8 +410,9 @@ class ValueIteration:
 class Explorer:
     """Remembers every transition, and walks the shortest known way to a goal or an untried action.
 
-    A known goal comes first. If neither is in reach, or if it stands on what was a hole or a goal,
-    then this must be another lake (figure 7), and it forgets everything.
+    A known goal comes first. If what it remembers cannot be true any more, it forgets everything:
+    the lake was replaced (figure 7). That is so if neither a goal nor an untried action is in
+    reach, or if it stands on what was a hole or a goal.
     """
 
     UNTRIED_COST = 1000.0  # in steps: any known goal is nearer than an untried action

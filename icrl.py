@@ -76,7 +76,8 @@ class Template(NamedTuple):
     def all_segments(self):
         """All texts that an episode can consist of: starts, [tile], steps and endings, [tile][...].
 
-        They serve to check a tokenizer and to measure lengths, not to make possible episodes.
+        `find_problem` checks with them that a tokenizer fits, TranscriptTokenizer measures their
+        lengths. They need not make possible episodes.
         """
         starts, steps, endings = [], [], []
         for tile in range(MAX_TILES):
@@ -129,7 +130,7 @@ COMPACT = Template(  # of the small network: "13 up 9 right 10 "
     truncated="... ",
     end="<|end_of_text|> ",
 )
-# By a token that the vocabulary has to have. The first one that fits is used.
+# The keys are tokens that the vocabulary has to have. The first template that fits is used.
 TEMPLATES = {"<|eot_id|>": LLAMA_3, "<|im_end|>": CHAT_ML, "</s>": LLAMA_2, "left": COMPACT}
 
 
@@ -137,7 +138,7 @@ def compact_tokenizer() -> Tokenizer:
     """The small network's vocabulary of 107 tokens: one for each action, tile id and marker."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # it meets no other word
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # needed, but never used
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -285,7 +286,7 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
                 discounts.append(gamma)
                 tokens += tokenizer.transition(transition)
             # After an episode's last action y = r, as in the paper, even if the step limit ended
-            # it: Q is never read on the tile that it reached.
+            # it: no action follows in this episode, so there is no Q to bootstrap from.
             discounts[-1] = 0.0
 
     # An action position counts in the loss if its target can be computed: if the next position is
@@ -368,9 +369,9 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-CHUNK = (
-    32  # rows with more pending tokens are read one by one; all others are padded to the longest
-)
+# Rows of the cache are read together, padded to the one with the most pending tokens. A row that
+# would make the others pad by more than this reads alone first.
+MAX_PADDING = 32
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -379,7 +380,8 @@ def greedy_probability(episode):
 
     The probability that the agent acts greedily instead of randomly. The paper calls it epsilon,
     which elsewhere is 1 minus this. Without random actions, an agent that only maximises Q might
-    never find a goal.
+    never find a goal. On-policy trials (train.py), the Q-learning baseline and `watch` (eval.py)
+    follow the same schedule.
     """
     return np.minimum(episode // 2 / 10, 1.0)
 
@@ -396,8 +398,8 @@ class InContext:
     In episode e the action is greedy with probability `schedule(e)`, else random. If a
     transcript outgrows `run.recipe.context` tokens, its oldest episodes are dropped.
 
-    Trials share one KV cache. Finished trials lose their rows in it, so that row r holds the
-    transcript of trial `self.trial_of[r]`.
+    Trials share one KV cache (see llama.KVCache for rows of different lengths). Finished trials
+    lose their rows in it, so that row r holds the transcript of trial `self.trial_of[r]`.
     """
 
     def __init__(self, run, env, rng, schedule=greedy_probability, given=None):
@@ -414,8 +416,8 @@ class InContext:
         self.starting = np.ones(N, bool)  # (N,) trials that begin an episode
         self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the current states
         self.trial_of = np.arange(N)  # (rows,)
-        # CHUNK more slots, since a full row is padded by up to CHUNK tokens while others are read.
-        self.cache = KVCache(run.network.llama, N, self.context + CHUNK)
+        # A full row needs more slots: it may be padded while others have something to read.
+        self.cache = KVCache(run.network.llama, N, self.context + MAX_PADDING)
         for trial, episodes in enumerate(given or []):
             for episode in episodes:
                 self._start_episode(trial, self.tokenizer.encode(episode))
@@ -436,7 +438,7 @@ class InContext:
         self._drop_finished_trials()
         for row in range(len(self.trial_of)):
             self._drop_oldest_episodes(row)
-            if len(self.pending[self.trial_of[row]]) > CHUNK:
+            if len(self.pending[self.trial_of[row]]) > MAX_PADDING:
                 self._read(slice(row, row + 1))
         self._read(slice(None))
         return self.q
@@ -447,8 +449,8 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # The end of an episode is followed by the start of the next one. (After the last episode of
-        # a trial it is never played, unless another rollout goes on with this agent.)
+        # The end of an episode is followed by the start of the next one, even after the last one of
+        # this rollout. (eval.watch goes on with another rollout.)
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -510,14 +512,21 @@ def check_context(tokenizer, context, max_steps):
 
 
 def play(
-    run, lakes, seed, episodes=30, first=0, given=None, schedule=greedy_probability, **env_options
+    run,
+    lakes,
+    seed,
+    episodes=30,
+    first_episode=0,
+    given=None,
+    schedule=greedy_probability,
+    **env_options,
 ):
     """One trial per lake, with options as in make_env; the episodes, [trial][episode].
 
     Plays as many trials together as fit the memory.
     """
     rng = np.random.default_rng(seed)
-    one_row = KVCache(run.network.llama, 1, run.recipe.context + CHUNK)
+    one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_PADDING)
     row_bytes = 4 * one_row.keys.nbytes  # keys, values, and as much again for copies
     max_rows = max(1, free_memory(one_row.keys.device) // row_bytes)
     trials = []
@@ -525,22 +534,11 @@ def play(
         part = slice(start, start + max_rows)
         env = make_env(lakes[part], rng, run.recipe.max_steps, **env_options)
         agent = InContext(run, env, rng, schedule, given and given[part])
-        trials += rollout(env, agent, episodes, first=first)
+        trials += rollout(env, agent, episodes, first_episode=first_episode)
     return trials
 
 
 # ---- a run: its recipe and its files
-# Lowest and highest value of Recipe's numbers; all others may be 0 to MAX_INT.
-FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
-FRACTIONS += "alpha gamma decay_from".split()
-COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
-COUNTS += "steps tokens batch warm_up".split()
-MAX_INT = 2**32 - 1
-BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
-BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
-CHOICES = {"dtype": DTYPES, "quality": QUALITY}
-
-
 def flag(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -627,6 +625,17 @@ class Recipe:
             raise ValueError(f"--{f.name.replace('_', '-')} has to be {needed}, not {value!r}.")
 
 
+# The lowest and highest values of a Recipe; its other numbers may be 0 to MAX_INT.
+FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
+FRACTIONS += "alpha gamma decay_from".split()
+COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
+COUNTS += "steps tokens batch warm_up".split()
+MAX_INT = 2**32 - 1
+BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
+BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
+CHOICES = {"dtype": DTYPES, "quality": QUALITY}
+
+
 Run = namedtuple("Run", "folder recipe network tokenizer")
 
 
@@ -669,7 +678,7 @@ def read_recipe(folder) -> Recipe | None:
         path = folder / "config.json"
         with naming_file(path):
             if "icrl" in json.loads(path.read_text()):
-                raise ValueError("it is a run of an older version: train it again")
+                raise ValueError("it is a run of a version before 0.2.0: train it again")
         return None
     with naming_file(path):
         settings = json.loads(path.read_text())
@@ -687,7 +696,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
     recipe = read_recipe(folder)
     if recipe is None:
         raise ValueError(f"{folder} is not a run of train.py: it has no recipe.json.")
-    recipe = replace(recipe, final_tokens=context or recipe.final_tokens)
+    recipe = replace(recipe, final_tokens=context or recipe.final_tokens)  # and so its context
     dtype = DTYPES[recipe.dtype]
     if recipe.model:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
@@ -731,7 +740,7 @@ def main(folder=PRETRAINED):
     episodes = [failure, success, success]
     length = sum(len(run.tokenizer.encode(episode)) for episode in episodes)
     batch = collate([encode_slice(run.tokenizer, iter([episodes]), length, run.recipe.gamma)])
-    batch = batch._replace(rewards=run.recipe.reward_scale * batch.rewards)
+    batch = batch._replace(rewards=run.recipe.reward_scale * batch.rewards)  # as in train.py
     q = run.network(batch.tokens, batch.positions)  # (1, N, A)
     y = td_targets(q, q, batch.rewards, batch.discounts)  # (1, N); here phi is theta
     loss = td_loss(q, batch.actions, y, batch.mask)

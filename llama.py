@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-SLOTS_MULTIPLE = (
-    128  # the used part of a cache grows in such steps: fewer shapes to choose kernels for
-)
+# The used part of a cache grows in such steps, so that kernels are chosen for few shapes only.
+SLOTS_MULTIPLE = 128
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 REQUIRED = {  # the only values of these settings that are implemented; None: not to be set
     "model_type": "llama",
@@ -63,7 +62,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # Llama 3's; None is plain RoPE
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 2048  # in tokens
     dtype: str | None = None  # of the weights; None is the embedding's
 
     @classmethod
@@ -80,8 +79,8 @@ class LlamaConfig:
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         config.setdefault("head_dim", config["hidden_size"] // heads)
-        # A size that is missing has a default, or raises TypeError in cls(...) below.
-        sizes = {f.name: config[f.name] for f in fields(cls) if f.type is int and f.name in config}
+        config.setdefault("max_position_embeddings", 2048)
+        sizes = {f.name: config[f.name] for f in fields(cls) if f.type is int}
         positive = all(type(size) is int and size > 0 for size in sizes.values())
         if not positive or heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
             raise ValueError(f"no Llama has these sizes: {sizes}")
@@ -138,7 +137,7 @@ def rotate(x, cos, sin):
 
 # ---- KV cache
 class KVCache:
-    """Keys and values of all past tokens; row b holds lengths[b] of them.
+    """Keys and values of all past tokens; row b holds lengths[b] of them, in its first slots.
 
     Rows advance at their own pace. A chunk (B, T) may be padded at the right; whoever feeds it must
     then add each row's number of real tokens to `lengths`. Padding takes slots, too, but no real
@@ -247,7 +246,7 @@ def attend_to_cache(q, k, v, mask):
     become queries of that head: (B, K, H / K * T, hd).
     """
     groups = q.shape[1] // k.shape[1]
-    q = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, hd)
     with sdpa_kernel(KERNELS):
         y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
     return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
@@ -470,10 +469,11 @@ def device_argument(name):
 
 
 def free_memory(device):
-    """Bytes to plan with: on a GPU 85 % of all its memory, less what this process uses already.
+    """Bytes to plan with.
 
-    If other processes have taken more than the rest, it is what is free, and a line says so.
-    Without a GPU it is half of the memory of the machine, or of its container.
+    On a GPU, 85 % of all its memory, without what this process uses already; but never more than
+    is free now, and a line says so if that is less. Else, half of the memory of the machine or, if
+    that is smaller, of its container.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -44,7 +44,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of proc
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # this one's number
 
 # For adapters, as in the paper: AdamW at a constant rate after the warm-up, and no easy lakes.
-ADAPT = {
+ADAPTER_DEFAULTS = {
     "learning_rate": 0.01,
     "muon_rate": 0.0,
     "warm_up": 10,
@@ -59,13 +59,13 @@ PAPER = Recipe(
     far_goals=0.0,
     on_policy=0.0,
     lakes=250,
-    episodes=1500,  # 375,000 in all: 9,556 slices, as in the notebook, of about 40 episodes each
+    episodes=1500,  # 375,000 in all, enough for 955 batches of 10 slices of about 40 episodes
     collection_steps=955,  # one collection for the whole training
     steps=955,
     tokens=4096,
     batch=10,
     reward_scale=30.0,
-    **ADAPT,
+    **ADAPTER_DEFAULTS,
 )
 
 
@@ -75,7 +75,7 @@ FAR_EXTRA_STEPS = 3  # a far goal is at least so many steps farther away than --
 RANDOM_FRACTION = 0.3  # in this fraction of its episodes, the first ones, Q-learning acts randomly
 GREEDY_PROBABILITY = 0.8  # in the other episodes it acts greedily with this probability
 ON_POLICY_LAKES = 64  # played by the network for each collection of the final phase
-STEP_TOKEN_FRACTION = 0.8  # of a transcript; the other tokens are starts and endings of episodes
+STEP_TOKEN_FRACTION = 0.8  # of a slice's tokens; starts and endings of episodes take the rest
 
 
 def collect(run, number):
@@ -204,8 +204,12 @@ def activation_bytes(network, tokens):
     D = config.hidden_size
     KV = config.num_key_value_heads * config.head_dim
     inner = config.intermediate_size
-    per_layer = 9 * D + 2 * KV + 4 * inner  # numbers per token, counted where all weights learn
+    # Per token and layer, if all weights are trained. 9 D: inputs, normalized inputs and outputs of
+    # both norms; queries; attention's output, twice. 2 KV: keys and values. 4 inner: gate, its silu,
+    # up, and their product.
+    per_layer = 9 * D + 2 * KV + 4 * inner
     if network.adapter is not None:
+        # Frozen matrices need no inputs, but IA3 needs its inputs: keys and values before scaling.
         per_layer = 4 * D + 4 * KV + 4 * inner
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
             per_layer += 2 * D  # the norms of a CPU keep a float32 copy
@@ -278,10 +282,9 @@ def train(run, args):
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
     introduce(run)
-    slices_per_pass = plan_memory(run)
-    q_values = QNetwork.forward  # unbound, since one (compiled) function serves both networks
-    if args.compile:
-        q_values = compile_q_values(run, slices_per_pass)
+    micro_batch_size = plan_memory(run)
+    # A function of network, tokens and positions, so that it is compiled once for both networks.
+    q_values = compile_q_values(run, micro_batch_size) if args.compile else QNetwork.forward
     # On-policy trials are played by the weights with which a collection begins. So a run with such
     # trials can only be resumed where a collection begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
@@ -294,7 +297,7 @@ def train(run, args):
         batch = batch.to(online.action_tokens.device)
         online.zero_grad()
         means = torch.zeros(3, device=batch.tokens.device)  # loss, Q and target, for the log
-        for micro in batch.split(slices_per_pass):
+        for micro in batch.split(micro_batch_size):
             q = q_values(online, micro.tokens, micro.positions)  # (B, N, A)
             with torch.no_grad():
                 q_target = q_values(target, micro.tokens, micro.positions)  # (B, N, A)
@@ -306,7 +309,9 @@ def train(run, args):
             means += weight * logged_means(micro, q, targets, loss)
         average_gradients(online)
         parameters = online.trainable_parameters().values()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(
+            parameters, recipe.grad_clip or math.inf
+        )  # inf: measure only
 
         # The online network learns, and the target network follows.
         for optimizer in optimizers:
@@ -345,7 +350,7 @@ def train(run, args):
 
 
 def introduce(run):
-    """Say what is trained. Until the end all is said on stderr: stdout may be a closed pipe."""
+    """Say what is trained, on stderr, like all but the final table."""
     if RANK == 0:
         parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
         print(f"{run.folder}: {parameters:,} parameters are trained.", file=sys.stderr)
@@ -361,8 +366,9 @@ def plan_memory(run):
     recipe = run.recipe
     longest = max(recipe.tokens, recipe.context)  # shorter slices fit all the more
     inner = run.network.llama.config.intermediate_size
-    in_passing = 3 * longest * inner * torch.float32.itemsize  # copies of a layer's feed-forward
-    needed = activation_bytes(run.network, longest) + in_passing
+    # While a layer is computed, about three float32 copies of its feed-forward activation.
+    temporaries = 3 * longest * inner * torch.float32.itemsize
+    needed = activation_bytes(run.network, longest) + temporaries
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
     # As few passes as possible, over micro batches of equal size.
@@ -379,11 +385,12 @@ def logged_means(batch, q, targets, loss):
     return torch.stack((loss.detach(), mean_q, mean_target))
 
 
-def compile_q_values(run, slices_per_pass):
+def compile_q_values(run, micro_batch_size):
     """QNetwork.forward, compiled for each shape, once with a gradient and once without."""
-    one_pass = slices_per_pass >= slices_per_process(run.recipe, run.recipe.tokens)
+    one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
-    mode = "reduce-overhead" if on_gpu and one_pass else None  # CUDA graphs
+    # CUDA graphs keep their outputs in place: a second micro batch would overwrite the first one's.
+    mode = "reduce-overhead" if on_gpu and one_pass else None
     return torch.compile(QNetwork.forward, dynamic=False, mode=mode)  # for both networks
 
 
@@ -430,7 +437,8 @@ def load_state(run, target, optimizers):
         message = f"{path} does not fit the run: is the file whole, and recipe.json as it was?"
         raise ValueError(message) from error
     if state["processes"] != WORLD_SIZE and RANK == 0:
-        print(f"{state['processes']} processes became {WORLD_SIZE}: the data will differ.")
+        message = f"{state['processes']} processes became {WORLD_SIZE}: the data will differ."
+        print(message, file=sys.stderr)
     return state["step"]
 
 
@@ -485,7 +493,7 @@ def recipe_from_args(args, flags):
         return replace(PAPER, **flags)
     if base.model:
         raise ValueError(f"{folder} is itself an adapter: name its base.")
-    return replace(base, **(ADAPT | flags))  # the same lakes as the base
+    return replace(base, **(ADAPTER_DEFAULTS | flags))  # the same lakes as the base
 
 
 def refuse(names, reason):
@@ -595,7 +603,9 @@ def main(arguments=None):
             leftover.unlink()
     train(run, args)
     if RANK == 0:
-        save_network(run)  # a process that was killed may have left an older one
+        # Once more: a process that was killed during its last checkpoint may have saved its state,
+        # but not the network, and --resume then had nothing left to train.
+        save_network(run)
         evaluate("unseen", [run], run.folder / "unseen", args.trials)
 
 

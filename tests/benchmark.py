@@ -127,7 +127,7 @@ def our_step(which: str = "", compiled: bool = False, bare: bool = False, **reci
     run = run_of(which, **recipe)
     recipe = replace(run.recipe, steps=10**9, on_policy=0.5, collection_steps=10**9)
     batch = batch_of(run)
-    q = run.network(batch.tokens, batch.positions).detach() if which in SHAPES else None
+    q = run.network(batch.tokens, batch.positions).detach()[batch.mask] if which in SHAPES else None
 
     def collect(*_):
         for done in rounds(q):
@@ -162,7 +162,7 @@ def their_step(which: str):
         at = batch.positions[..., None].expand(-1, -1, logits.shape[-1])
         return logits.gather(1, at)[..., :4].float()
 
-    for done in rounds(q_by("theta")):
+    for done in rounds(q_by("theta")[batch.mask]):
         optimizer.zero_grad()
         with torch.no_grad():
             q_phi = q_by("phi")

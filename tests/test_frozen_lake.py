@@ -83,7 +83,7 @@ def test_rollouts_are_gymnasiums_and_the_agent_is_told_all(make, max_steps, step
     tile_ids = [crop_ids(lake, rng(i)) for i, lake in enumerate(lakes)]
     env = FrozenLake(lakes, rng(2), *([max_steps] if max_steps else []), tile_ids=tile_ids)
     agent = Mock(wraps=make(env, rng(3)))
-    played = rollout(env, agent, 8, step_limit, first=6)
+    played = rollout(env, agent, 8, step_limit, first_episode=6)
     calls = zip(agent.act.mock_calls, agent.observe.mock_calls)
     told = np.array([(*act.args, *observe.args[0]) for act, observe in calls])  # (steps, 9, N)
     for i, (lake, ids, trial) in enumerate(zip(lakes, tile_ids, played)):
@@ -263,7 +263,7 @@ def test_the_explorer_wastes_no_episode_and_forgets_a_lake_that_was_replaced():
             tried |= steps
             for tile, successor in pairwise(path):
                 onward[tile].add(successor)
-    played += rollout(other, agent, 50, first=30)
+    played += rollout(other, agent, 50, first_episode=30)
     assert {episode.episode_return for trial in played for episode in trial[-5:]} == {1}
 
 

@@ -219,6 +219,19 @@ def test_targets_and_loss_of_two_episodes_by_hand():
     torch.testing.assert_close(loss, torch.tensor((0.0025 + 0.01 + 0.0036 + 0.49) / 4))
 
 
+def test_the_loss_is_the_mean_of_the_squared_errors_that_count():
+    """To 1e-6 what indexing by the mask gives; what does not count has no gradient."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 7, 4, generator=random, requires_grad=True)
+    actions = torch.randint(4, (3, 7), generator=random)
+    targets, mask = torch.randn(3, 7, generator=random), torch.rand(3, 7, generator=random) < 0.5
+    loss = icrl.td_loss(q, actions, targets, mask)
+    loss.backward()
+    error = (targets - q.gather(-1, actions[..., None])[..., 0])[mask]
+    torch.testing.assert_close(loss, error.square().mean(), atol=1e-6, rtol=0)
+    assert not q.grad[~mask].any()
+
+
 @with_and_without
 def test_only_theta_is_trained_and_phi_follows_by_equation_8(adapter):
     """Phi and a frozen base, which both share, get no gradient. Polyak changes phi only."""
@@ -293,7 +306,7 @@ def test_every_agent_plays_a_lake_with_links():
 
 def test_no_more_trials_are_played_together_than_memory_holds(monkeypatch):
     run, lakes, rows = make_run(), [Lake(("SFG",))] * 5, []
-    cache = icrl.KVCache(run.network.llama, 1, run.recipe.context + icrl.CHUNK).keys.nbytes
+    cache = icrl.KVCache(run.network.llama, 1, run.recipe.context + icrl.MAX_PADDING).keys.nbytes
     monkeypatch.setattr(icrl, "free_memory", lambda device: 2 * 4 * cache)
     monkeypatch.setattr(icrl, "InContext", lambda run, env, *_: rows.append(len(env)))
     monkeypatch.setattr(icrl, "rollout", lambda env, *_, **__: [[]] * len(env))

@@ -21,7 +21,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ia3 import IA3
-from llama import KVCache, Llama, LlamaConfig, free_memory, load_llama, load_tokenizer
+from llama import (
+    KVCache,
+    Llama,
+    LlamaConfig,
+    attend_to_cache,
+    free_memory,
+    load_llama,
+    load_tokenizer,
+)
 from llama import rope_frequencies
 
 ROOT = Path(__file__).parent.parent
@@ -180,6 +188,38 @@ def feed(cache: KVCache, texts: torch.Tensor, counts: list[int], adapter=None, p
     hidden = LLAMA(chunk, adapter, cache)
     cache.lengths += torch.tensor(counts)
     return [states[:count] for states, count in zip(hidden, counts)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_computed_in_float32(dtype):
+    """Bit for bit the same as with casts before and after it."""
+    norm, x = (
+        LLAMA.model.norm,
+        torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype),
+    )
+    weight = torch.rand(32).to(dtype)
+    norm = copy.deepcopy(norm)
+    norm.weight = torch.nn.Parameter(weight)
+    expected = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps)
+    assert_same(norm(x), weight * expected.to(dtype), atol=1e-6 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_attention_to_a_cache_is_that_of_repeated_heads(key_heads):
+    """Queries that share a key/value head get what they get from a copy of it each, to 1e-6."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 3, 8, generator=random)
+    k, v = torch.randn(2, 2, key_heads, 128, 8, generator=random)
+    mask = torch.rand(2, 1, 3, 128, generator=random) < 0.5
+    copies = [x.repeat_interleave(4 // key_heads, 1) for x in (k, v)]
+    scores = (q @ copies[0].mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    assert_same(attend_to_cache(q, k, v, mask), scores.softmax(-1) @ copies[1], atol=1e-6)
+
+
+def test_a_cache_grows_in_steps_and_its_lengths_are_on_the_cpu():
+    with torch.device("meta"):
+        cache = KVCache(Llama(LLAMA.config), 1, slots=130)
+    assert (cache.keys.shape[3], cache.lengths.device.type) == (256, "cpu")
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
