@@ -153,7 +153,7 @@ class KVCache:
         weights = llama.unembedding  # for their type and device
         self.keys = weights.new_zeros(shape)  # (L, B, K, S, hd)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,), on the CPU
+        self.lengths = torch.zeros(rows, dtype=torch.long, device="cpu")  # (B,)
 
     def __getitem__(self, rows):
         """Some rows. A list of rows gives a copy; a slice gives a view, which shares its memory."""

@@ -205,7 +205,7 @@ def activation_bytes(network, tokens):
     KV = config.num_key_value_heads * config.head_dim
     inner = config.intermediate_size
     # Per token and layer, if all weights are trained. 9 D: inputs, normalized inputs and outputs of
-    # both norms; queries; attention's output, twice. 2 KV: keys and values. 4 inner: gate, its silu,
+    # both norms; queries; attention's output, twice. 2 KV: keys, values. 4 inner: gate, its silu,
     # up, and their product.
     per_layer = 9 * D + 2 * KV + 4 * inner
     if network.adapter is not None:
