@@ -116,9 +116,8 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
             return lakes[:count]
         accepted = []
         for height, width in product(range(min_side, max_side + 1), repeat=2):
-            maps = (
-                BLOCK_TILES // max_side**2
-            )  # each size is tried equally often, as in the notebook
+            # Each size is tried equally often, as in the notebook.
+            maps = BLOCK_TILES // max_side**2
             moves = np.tile(grid_moves(height, width), (maps, 1, 1))
             tiles, valid = random_tiles(moves, goal_distance, rng)
             for grid in tiles[valid].reshape(-1, height, width):

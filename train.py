@@ -309,9 +309,8 @@ def train(run, args):
             means += weight * logged_means(micro, q, targets, loss)
         average_gradients(online)
         parameters = online.trainable_parameters().values()
-        norm = nn.utils.clip_grad_norm_(
-            parameters, recipe.grad_clip or math.inf
-        )  # inf: measure only
+        max_norm = recipe.grad_clip or math.inf  # inf: the norm is only measured
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
 
         # The online network learns, and the target network follows.
         for optimizer in optimizers:
@@ -397,9 +396,7 @@ def compile_q_values(run, micro_batch_size):
 def advice(recipe):
     """What to do about a gradient that is infinite or NaN."""
     if recipe.dtype == "float16":
-        return (
-            "take bfloat16, since numbers may be too large for float16, or lower the learning rates"
-        )
+        return "take bfloat16, as numbers may be too large for float16, or lower the learning rates"
     return "lower the learning rates"
 
 
