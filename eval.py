@@ -16,8 +16,8 @@ Others:
     policy_map   figure 1, and the best action on every tile; --gif: as an animation
     watch        one trial, step by step, with its Q-values
 
-To add an experiment `tiny` on lakes of 3 x 3 tiles: "tiny": "unseen lakes of 3 x 3 tiles" in TITLES
-and "tiny": ((3, 3), 2) in LAKE_SIZES. Options of frozen_lake.make_env stand in ENV_OPTIONS.
+To add an experiment `tiny` on lakes of 3 x 3 tiles, put "tiny": "unseen lakes of 3 x 3 tiles" in
+TITLES and "tiny": ((3, 3), 2) in LAKE_SIZES. Options of frozen_lake.make_env go in ENV_OPTIONS.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def play_baselines(run, stages, seed, episodes=30, **env_options):
     for name, make_agent in agents.items():
         rng = np.random.default_rng(seed)
         envs = [make_env(lakes, rng, run.recipe.max_steps, **env_options) for lakes in stages]
-        # The agent keeps what it knows from stage to stage, so its tables have to fit all of them.
+        # The agent keeps what it knows from stage to stage. Its tables have a row per state, so
+        # those for the largest lakes serve all stages.
         largest = max(envs, key=lambda env: env.moves.size)
         agent = make_agent(largest, rng)
         trials = [[] for _ in stages[0]]
@@ -111,7 +112,7 @@ def play_baselines(run, stages, seed, episodes=30, **env_options):
 def evaluate(experiment, runs, out, trials, seed=0, skip=0):
     """Play the lakes of an experiment with every run and every baseline, and report."""
     stages = lakes_of(experiment, runs[0].recipe, trials, skip)
-    try_folder(out)
+    ensure_writable(out)
     env_options = ENV_OPTIONS.get(experiment, {})
     played = {}
     for run in runs:
@@ -123,7 +124,7 @@ def evaluate(experiment, runs, out, trials, seed=0, skip=0):
 
 
 # ---- tables and pictures
-def try_folder(folder):
+def ensure_writable(folder):
     """Make the folder of the results; OSError if nothing can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=folder).close()
@@ -288,7 +289,7 @@ def stitching(runs, out, trials, seed, skip):
             given.append([pair[i] for i in rng.permutation(2)])
     if len(lakes) == 5:
         raise ValueError(f"No paths cross on {20 * trials} lakes of this run: play another one.")
-    try_folder(out)
+    ensure_writable(out)
 
     played = {}
     for run in runs:
@@ -318,7 +319,7 @@ def watch(run, lake, seed):
     """Print every step of one trial."""
     rng = np.random.default_rng(seed)
     env = make_env([lake], rng, run.recipe.max_steps)
-    agent = Watched(run, env, rng)
+    agent = Watched(run, 1, rng)
     print(f"The lake, of which the network sees tile ids only:\n{draw(lake)}")
     for number in range(30):
         print(f"\nepisode {number}\n  tile " + "".join(f"{f'Q({word})':>9}" for word in ACTIONS))
@@ -330,15 +331,13 @@ TILE_COLOURS = {"start": "#C6DBEF", "frozen": "#F7FBFF", "hole": "#08306B", "goa
 PATH_COLOUR = "#6A3D9A"
 
 
-def policy_of(run, env, lake, given):
+def policy_of(run, env, given):
     """The direction of the best action on each tile, (tiles, 2) rows and columns, and its Q-value.
 
     The network is asked once per tile, after the given episodes, as if the next one began there.
     """
     ids = env.tile_ids[0]
-    # A trial per tile. Of this environment the agent only needs the number of lakes and of steps.
-    one_per_tile = make_env([lake] * len(ids), env.rng, env.max_steps)
-    agent = InContext(run, one_per_tile, env.rng, given=[given] * len(ids))
+    agent = InContext(run, len(ids), env.rng, given=[given] * len(ids))
     q = agent.read_transcripts(ids)  # (tiles, A)
     direction = env.action_map[0, q.argmax(1)]
     return np.array(DIRECTIONS)[direction], q.max(1) / run.recipe.reward_scale
@@ -355,7 +354,7 @@ def draw_episode(axes, run, env, lake, episodes, number):
     for x, y, letter in zip(column, row, lake.tiles):
         axes.text(x - 0.42, y - 0.25, letter, color="white" if letter == "H" else "black")
 
-    direction, value = policy_of(run, env, lake, episodes[:number])
+    direction, value = policy_of(run, env, episodes[:number])
     down, right = direction.T
     alive = np.isin(lake.tiles, ["S", "F"])
     arrows = (values[alive] for values in (column, row, right, -down, value))  # quiver's y is up
@@ -381,11 +380,11 @@ def policy_map(run, path, lake, seed):
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    try_folder(path.parent)
+    ensure_writable(path.parent)
     rng = np.random.default_rng(seed)
     shuffled = 1.0 if run.recipe.shuffled else 0.0  # if it was trained for it
     env = make_env([lake], rng, run.recipe.max_steps, shuffled=shuffled)
-    (episodes,) = rollout(env, InContext(run, env, rng, always_greedy), 30)
+    (episodes,) = rollout(env, InContext(run, 1, rng, always_greedy), 30)
 
     animated = path.suffix == ".gif"
     size = (5, 5) if animated else (9, 6.2 * len(lake.rows) / lake.width + 1)

@@ -90,9 +90,9 @@ def distance_to_goal(moves, distance):
 
     moves (N, S, A): the tile that each action leads to. distance (N, S): 0 at goals, else inf.
     """
-    lake = np.arange(len(moves))[:, None, None]
+    env_index = np.arange(len(moves))[:, None, None]
     while True:
-        shorter = np.minimum(distance, 1 + distance[lake, moves].min(-1))
+        shorter = np.minimum(distance, 1 + distance[env_index, moves].min(-1))
         if np.array_equal(shorter, distance):
             return distance
         distance = shorter
@@ -124,7 +124,7 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
                 accepted.append(Lake(tuple(map("".join, grid))))
         shuffled = [accepted[i] for i in rng.permutation(len(accepted))]
         lakes += [lake for lake in shuffled if lake.is_test == test]
-    raise ValueError(f"There are too few {wanted}: take nearer goals, or --far-goals 0.")
+    raise ValueError(f"There are too few {wanted}: take nearer goals (in train.py: --far-goals 0).")
 
 
 def random_tiles(moves, goal_distance, rng):
@@ -150,7 +150,8 @@ def random_graphs(count, rng):
         tiles, valid = random_tiles(links, 3, rng)
         # Of 100 graphs of a size at most one is taken. Large ones are accepted more often than
         # small ones, so if all were taken, most graphs would be large.
-        for i in np.flatnonzero(valid)[:1]:
+        if valid.any():
+            i = valid.argmax()
             graphs.append(Lake(("".join(tiles[i]),), tuple(map(tuple, links[i].tolist()))))
     return graphs
 
@@ -239,7 +240,7 @@ class FrozenLake:
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
         self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        entered = self.state != previous  # as in gymnasium, to stay on a goal pays nothing
+        entered = self.state != previous  # false if an episode goes on from a goal, without a reset
         rewards = self.goal[self.env_index, self.state] & entered
         terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
@@ -294,9 +295,9 @@ def rollout(env, agent, episodes, step_limit=math.inf, first_episode=0):
     """Let an agent play `episodes` episodes on every lake of `env`; returns [lake][episode].
 
     The lakes are stepped together, but none waits for another to end an episode: `agent.act` is
-    told the number of each lake's current episode, counted from `first_episode`. A lake that has
-    played them all is stepped on, but no longer active, until the last one has. After `step_limit`
-    steps everything ends. Steps of inactive lakes and unfinished episodes are dropped.
+    told the number of each lake's current episode, counted from `first_episode`. Lakes that have
+    finished keep stepping, marked inactive, until all have. After `step_limit` steps everything
+    ends. Steps of inactive lakes and unfinished episodes are dropped.
     """
     episode = np.full(len(env), first_episode)
     history = []
@@ -429,7 +430,9 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        changed = np.isinf(here) | (here == 0)  # inf: a known hole, or nothing in reach; 0: a goal
+        nothing_in_reach = np.isinf(here)  # so it is also on a known hole, which leads nowhere
+        on_known_goal = here == 0
+        changed = nothing_in_reach | on_known_goal
         self.leads_to[changed] = self.unknown
         self.goal[changed] = False
         next_states = self.leads_to[self.env_index, state]  # (N, A)

@@ -4,8 +4,8 @@
 
 The *transcript* tau is a text: all that an agent has seen and done so far, over many episodes on
 one lake. Such a series of episodes is a *trial*. A network that learns to predict Q(tau, a), for
-many lakes and for good and bad agents, has to work out from tau which lake this is. So the longer
-tau grows, the better it plays.
+many lakes, from what good and bad agents did there, has to work out from tau which lake this is. So
+the longer tau grows, the better it plays.
 
 For training, 20 to 40 episodes of a lake form a *set*. They are shuffled; otherwise an episode's
 place in the set would predict its return on every lake. In the final phase of the training a trial
@@ -35,13 +35,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from frozen_lake import ACTIONS, MAX_SIDE, MAX_STEPS, MAX_TILES, RandomAgent, Transition, draw
 from frozen_lake import make_env, random_lakes, rollout
 from ia3 import IA3, PEFT_CONFIG
-from llama import DTYPES, KVCache, free_memory, load_llama, load_tensors, load_tokenizer
-from llama import naming_file, user_errors
+from llama import DTYPES, MASKED_KERNELS, KVCache, free_memory, load_llama, load_tensors
+from llama import load_tokenizer, naming_file, user_errors
 
 PRETRAINED = Path(__file__).resolve().parent / "results/general"
 
@@ -74,10 +75,9 @@ class Template(NamedTuple):
         return text + (self.end if t.terminated or t.truncated else self.prompt)
 
     def all_segments(self):
-        """All texts that an episode can consist of: starts, [tile], steps and endings, [tile][...].
+        """All texts that an episode can consist of, to check a tokenizer and to measure lengths.
 
-        `find_problem` checks with them that a tokenizer fits, TranscriptTokenizer measures their
-        lengths. They need not make possible episodes.
+        Starts, a list by tile; steps and endings, lists of lists by tile.
         """
         starts, steps, endings = [], [], []
         for tile in range(MAX_TILES):
@@ -289,8 +289,8 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
             # it: no action follows in this episode, so there is no Q to bootstrap from.
             discounts[-1] = 0.0
 
-    # An action position counts in the loss if its target can be computed: if the next position is
-    # inside the slice, too, or if the episode ends there.
+    # An action position counts in the loss if its target can be computed. Only that of the last
+    # position inside may not: its next position is beyond the slice, unless the episode ends.
     n = sum(position < length for position in positions)
     mask = [True] * n
     mask[-1] = discounts[n - 1] == 0.0
@@ -402,21 +402,20 @@ class InContext:
     lose their rows in it, so that row r holds the transcript of trial `self.trial_of[r]`.
     """
 
-    def __init__(self, run, env, rng, schedule=greedy_probability, given=None):
-        check_context(run.tokenizer, run.recipe.context, env.max_steps)
+    def __init__(self, run, N, rng, schedule=greedy_probability, given=None):
+        check_context(run.tokenizer, run.recipe.context, run.recipe.max_steps)
         self.network = run.network
         self.tokenizer = run.tokenizer
         self.context = run.recipe.context
         self.rng = rng
         self.schedule = schedule
-        N = len(env)
         self.transcripts = [[] for _ in range(N)]  # tokens, [trial][episode]
         self.pending = [[] for _ in range(N)]  # tokens that the network has not read, [trial]
-        self.active = np.ones(N, bool)  # (N,) trials that had episodes left in the last step
+        self.active = np.ones(N, bool)  # (N,) trials that were active in the last transition
         self.starting = np.ones(N, bool)  # (N,) trials that begin an episode
         self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the current states
         self.trial_of = np.arange(N)  # (rows,)
-        # A full row needs more slots: it may be padded while others have something to read.
+        # More slots than tokens, because padding takes slots, too.
         self.cache = KVCache(run.network.llama, N, self.context + MAX_PADDING)
         for trial, episodes in enumerate(given or []):
             for episode in episodes:
@@ -432,7 +431,7 @@ class InContext:
 
     @torch.inference_mode()
     def read_transcripts(self, state):
-        """Let the network read on, up to the states (N,); returns its Q-values there, (N, A)."""
+        """Let the network read the pending tokens, up to states (N,); Q-values there, (N, A)."""
         for trial in np.flatnonzero(self.starting):
             self._start_episode(trial, self.tokenizer.start(state[trial]))
         self._drop_finished_trials()
@@ -449,8 +448,8 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # The end of an episode is followed by the start of the next one, even after the last one of
-        # this rollout. (eval.watch goes on with another rollout.)
+        # After its last episode a trial starts one more here, because the last transition was still
+        # active. It is only played if another rollout follows, as in eval.watch.
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -492,7 +491,8 @@ class InContext:
         # Rows with nothing to read are padding only. It is overwritten later, and `lengths` do not
         # count it, so it does no harm.
         last = (counts - 1).clamp(min=0)[:, None].to(device)  # (rows, 1)
-        q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
+        with sdpa_kernel(MASKED_KERNELS):
+            q = self.network(chunk, last, cache)[:, 0].cpu().numpy()  # (rows, A)
         cache.lengths += counts  # in place, so in the whole cache, too
         for trial, values in zip(trials, q):
             if self.pending[trial]:
@@ -503,7 +503,7 @@ class InContext:
 def check_context(tokenizer, context, max_steps):
     """ValueError if an episode may be longer than KEEP_FRACTION of the context.
 
-    Then the current episode itself might have to be dropped.
+    Otherwise the current episode itself might have to be dropped.
     """
     needed = math.ceil(tokenizer.longest_episode(max_steps) / KEEP_FRACTION)
     if needed > context:
@@ -523,7 +523,7 @@ def play(
 ):
     """One trial per lake, with options as in make_env; the episodes, [trial][episode].
 
-    Plays as many trials together as fit the memory.
+    Plays as many trials together as fit in memory.
     """
     rng = np.random.default_rng(seed)
     one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_PADDING)
@@ -533,7 +533,7 @@ def play(
     for start in range(0, len(lakes), max_rows):
         part = slice(start, start + max_rows)
         env = make_env(lakes[part], rng, run.recipe.max_steps, **env_options)
-        agent = InContext(run, env, rng, schedule, given and given[part])
+        agent = InContext(run, len(env), rng, schedule, given and given[part])
         trials += rollout(env, agent, episodes, first_episode=first_episode)
     return trials
 
@@ -677,7 +677,7 @@ def read_recipe(folder) -> Recipe | None:
     if not path.exists():
         path = folder / "config.json"
         with naming_file(path):
-            if "icrl" in json.loads(path.read_text()):
+            if "icrl" in json.loads(path.read_text()):  # where versions before 0.2.0 had the recipe
                 raise ValueError("it is a run of a version before 0.2.0: train it again")
         return None
     with naming_file(path):

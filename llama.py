@@ -26,16 +26,17 @@ from huggingface_hub import errors, snapshot_download
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# The used part of a cache grows in such steps, so that kernels are chosen for few shapes only.
+# Kernels that take a mask, and need no new plan for each number of slots.
+MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# On a GPU the used part of a cache grows in such steps, to limit the number of different shapes.
 SLOTS_MULTIPLE = 128
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-REQUIRED = {  # the only values of these settings that are implemented; None: not to be set
+REQUIRED = {  # the only values of these settings that are implemented; null counts as missing
     "model_type": "llama",
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
@@ -72,9 +73,9 @@ class LlamaConfig:
         # As in transformers, rope_scaling comes first. It and rope_parameters may hold rope_theta.
         rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         for key, required in REQUIRED.items():
-            value = config.get(key, rope.get(key, required))
-            if value != required:
-                raise ValueError(f"{key} {value!r} is not implemented")
+            for settings in (config, rope):
+                if settings.get(key, required) != required:  # a missing key is fine
+                    raise ValueError(f"{key} {settings[key]!r} is not implemented")
 
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
@@ -137,13 +138,15 @@ def rotate(x, cos, sin):
 
 # ---- KV cache
 class KVCache:
-    """Keys and values of all past tokens; row b holds lengths[b] of them, in its first slots.
+    """Keys and values of all past tokens; row b holds lengths[b] of them.
+
+    The token at position p of a row lies in its slot p.
 
     Rows advance at their own pace. A chunk (B, T) may be padded at the right; whoever feeds it must
     then add each row's number of real tokens to `lengths`. Padding takes slots, too, but no real
     token attends to it, and the row's next tokens overwrite it.
 
-    `lengths` are on the CPU, so that nobody has to wait for a GPU to know them.
+    `lengths` are on the CPU, so that reading them does not wait for a GPU.
     """
 
     def __init__(self, llama, rows, slots):
@@ -247,8 +250,7 @@ def attend_to_cache(q, k, v, mask):
     """
     groups = q.shape[1] // k.shape[1]
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, hd)
-    with sdpa_kernel(KERNELS):
-        y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
+    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
     return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
 
 
@@ -322,7 +324,9 @@ class Llama(nn.Module):
         mask = None  # without a cache, attention is simply causal
         if cache is not None:
             used = int(cache.lengths.max()) + tokens.shape[1]
-            slots = torch.arange(round_up(used), device=x.device)  # (U,)
+            if x.is_cuda:
+                used = round_up(used)
+            slots = torch.arange(used, device=x.device)  # (U,)
             mask = (slots <= position_ids[:, :, None])[:, None]  # (B, 1, T, U)
 
         # RoPE rotates queries and keys by an angle that grows with the position.
@@ -439,7 +443,7 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
         embedding = tensors.setdefault("model.embed_tokens.weight", head)
         if not embedding.equal(head):
             raise ValueError(f"{folder} has two different embeddings, but its config ties them.")
-    if dtype is None and "model.embed_tokens.weight" in tensors:
+    if dtype is None and "model.embed_tokens.weight" in tensors:  # else it is found missing below
         dtype = DTYPES.get(config.dtype) or tensors["model.embed_tokens.weight"].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -448,7 +452,8 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
     try:
         llama.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        # The second line of the message is, say, 'Missing key(s) in state_dict: "model.a", "b".'
+        # 'Missing key(s) in state_dict: "model.a", "model.b". ', the second line, for example,
+        # becomes 'Missing key(s) in state_dict: model.a'.
         problem = str(error).splitlines()[1].strip(" \t.").replace('"', "").split(", model.")[0]
         words = "is incomplete, or not what its config.json says"
         raise ValueError(f"{folder} {words}: {problem}.") from error
@@ -471,9 +476,9 @@ def device_argument(name):
 def free_memory(device):
     """Bytes to plan with.
 
-    On a GPU, 85 % of all its memory, without what this process uses already; but never more than
-    is free now, and a line says so if that is less. Else, half of the memory of the machine or, if
-    that is smaller, of its container.
+    On a GPU, 85 % of all its memory, minus what this process uses already, so that the same run is
+    planned alike every time. If less than that is free now, it is what is free, and a line says so.
+    Without a GPU, half of the memory of the machine or, if that is smaller, of its container.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -59,7 +59,7 @@ PAPER = Recipe(
     far_goals=0.0,
     on_policy=0.0,
     lakes=250,
-    episodes=1500,  # 375,000 in all, enough for 955 batches of 10 slices of about 40 episodes
+    episodes=1500,  # 375,000 in all, about as many as 955 batches of 10 slices hold
     collection_steps=955,  # one collection for the whole training
     steps=955,
     tokens=4096,
@@ -160,13 +160,13 @@ def on_policy_trials(run, number):
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK, 1])
-    env = new_lakes(recipe, ON_POLICY_LAKES, progress=1.0, rng=rng)
+    env = new_lakes(recipe, ON_POLICY_LAKES, progress=1.0, rng=rng)  # lakes of the final phase
 
     def schedule(episode):
         return np.where(env.env_index % 2, greedy_probability(episode), 1.0)
 
     steps = int(STEP_TOKEN_FRACTION * recipe.context / run.tokenizer.longest_step)
-    agent = InContext(run, env, rng, schedule)
+    agent = InContext(run, len(env), rng, schedule)
     trials = rollout(env, agent, episodes=math.inf, step_limit=steps)
     return [trials[i] for i in rng.permutation(len(env))]  # lakes with far goals came last
 
@@ -209,7 +209,8 @@ def activation_bytes(network, tokens):
     # up, and their product.
     per_layer = 9 * D + 2 * KV + 4 * inner
     if network.adapter is not None:
-        # Frozen matrices need no inputs, but IA3 needs its inputs: keys and values before scaling.
+        # 4 D: inputs of both norms, queries, attention's output. 4 KV: keys and values, before IA3
+        # and after RoPE. 4 inner: as above.
         per_layer = 4 * D + 4 * KV + 4 * inner
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
             per_layer += 2 * D  # the norms of a CPU keep a float32 copy
@@ -262,7 +263,7 @@ def make_optimizers(recipe, network):
 
 
 def learning_rate_factor(recipe, step):
-    """Linear warm-up to 1, then constant, then a linear fall to 0.03."""
+    """Linear warm-up to 1, then constant, then linear decay to 0.03."""
     decay = max(0.0, step / recipe.steps - recipe.decay_from) / max(1e-9, 1 - recipe.decay_from)
     return min(1.0, (step + 1) / recipe.warm_up) * (1 - 0.97 * decay)
 
@@ -281,10 +282,9 @@ def train(run, args):
     optimizers = make_optimizers(recipe, online)
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
-    introduce(run)
+    print_header(run)
     micro_batch_size = plan_memory(run)
-    # A function of network, tokens and positions, so that it is compiled once for both networks.
-    q_values = compile_q_values(run, micro_batch_size) if args.compile else QNetwork.forward
+    q_values = compile_q_values(run, micro_batch_size) if args.compile else plain_q_values
     # On-policy trials are played by the weights with which a collection begins. So a run with such
     # trials can only be resumed where a collection begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
@@ -337,18 +337,19 @@ def train(run, args):
             bar.update()
             if step % args.eval_every == 0 and step < recipe.steps:
                 lakes = unseen_lakes(EVAL_LAKES, recipe.sides, recipe.goal_distance)
-                returns = sparkline(play(run, lakes, seed=0))
+                trials = play(run, lakes, seed=0, schedule=greedy_probability)
+                returns = sparkline(trials)
                 text = f"step {step}: mean return on {EVAL_LAKES} unseen lakes {returns}"
                 bar.write(text, file=sys.stderr)
             if step % checkpoint_every == 0 or step == recipe.steps:
                 with atomic_write(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
-                save_state(run, target, optimizers, step)
                 save_network(run)
+                save_state(run, target, optimizers, step)  # last, as --resume goes by it
     bar.close()
 
 
-def introduce(run):
+def print_header(run):
     """Say what is trained, on stderr, like all but the final table."""
     if RANK == 0:
         parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
@@ -370,7 +371,8 @@ def plan_memory(run):
     needed = activation_bytes(run.network, longest) + temporaries
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
-    # As few passes as possible, over micro batches of equal size.
+    # As few passes as possible, over micro batches of equal size. Batches of longer slices have
+    # fewer of them, so what fits there fits in all batches.
     passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
     return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
 
@@ -384,13 +386,18 @@ def logged_means(batch, q, targets, loss):
     return torch.stack((loss.detach(), mean_q, mean_target))
 
 
+def plain_q_values(network, tokens, positions):
+    """Q-values (B, N, A) by the online or the target network."""
+    return network(tokens, positions)
+
+
 def compile_q_values(run, micro_batch_size):
-    """QNetwork.forward, compiled for each shape, once with a gradient and once without."""
+    """The same, compiled for each shape, once with a gradient and once without."""
     one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
     # CUDA graphs keep their outputs in place: a second micro batch would overwrite the first one's.
     mode = "reduce-overhead" if on_gpu and one_pass else None
-    return torch.compile(QNetwork.forward, dynamic=False, mode=mode)  # for both networks
+    return torch.compile(plain_q_values, dynamic=False, mode=mode)
 
 
 def advice(recipe):
@@ -535,7 +542,7 @@ def check_recipe(recipe, tokenizer):
         slices = max(1, recipe.batch * recipe.tokens // length)
         if slices % WORLD_SIZE:
             raise ValueError(f"{WORLD_SIZE} processes cannot share a batch of {slices} slices.")
-    # Two steps, so that at least the first has a next Q-value, and with it a target.
+    # Two steps, so that at least the first has a target. Otherwise the loss may be 0 / 0.
     fewest = tokenizer.longest_episode(2)
     if recipe.tokens < fewest:
         raise ValueError(f"--tokens has to be at least {fewest}, not {recipe.tokens}.")
@@ -600,9 +607,6 @@ def main(arguments=None):
             leftover.unlink()
     train(run, args)
     if RANK == 0:
-        # Once more: a process that was killed during its last checkpoint may have saved its state,
-        # but not the network, and --resume then had nothing left to train.
-        save_network(run)
         evaluate("unseen", [run], run.folder / "unseen", args.trials)
 
 

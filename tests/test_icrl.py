@@ -271,7 +271,7 @@ def test_playing_gives_the_q_values_of_a_full_forward_of_the_newest_episodes(tok
             return action
 
     env, forgotten = FrozenLake(lakes, rng := np.random.default_rng(0), max_steps=9), []
-    played = rollout(env, agent := Watched(run, env, rng, given=past), 5)
+    played = rollout(env, agent := Watched(run, len(env), rng, given=past), 5)
     assert len(agent.trial_of) < 3  # the rows of trials that finished early were dropped
     for given, trial, steps in zip(past, played, np.stack(seen, 1)):
         remembered, q = [text_of(tokenizer, e) for e in given], []

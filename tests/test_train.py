@@ -48,7 +48,7 @@ setattr(owner, function, interrupted)
 del sys.argv[:4]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 INTERRUPTED = [  # settings; at which call of which function, and at which step it then continues
-    ("NEW", [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 18, 25), ("replace", 3, 30)]),
+    ("NEW", [("polyak_update", 3, 0), ("replace", 5, 5), ("replace", 18, 25), ("replace", 5, 30)]),
     ("NEW --on-policy 0 --steps 60 --collection-steps 20", [("polyak_update", 54, 50)]),
     ("--model RUN --steps 15", [("polyak_update", 5, 0), ("polyak_update", 13, 10)]),
 ]
