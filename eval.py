@@ -449,7 +449,7 @@ def main(arguments=None):
 
 
 def one_lake(recipe, args):
-    (lake,) = unseen_lakes(1, recipe.sides, recipe.goal_distance, args.lake)
+    (lake,) = unseen_lakes(1, recipe.sides, recipe.goal_distance, skip=args.lake)
     return lake
 
 

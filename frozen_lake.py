@@ -22,7 +22,7 @@ from tqdm import tqdm
 ACTIONS = ("left", "down", "right", "up")  # gymnasium's order, 0..3
 DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAX_STEPS = 100  # gymnasium's step limit
-MAX_SIDE = 10  # the widest and highest lake
+MAX_SIDE = 10  # tiles, of the widest and tallest lake
 MAX_TILES = MAX_SIDE**2
 SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48: as many as a lake of 7 x 7 has
 BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
@@ -45,7 +45,7 @@ class Lake:
         letters = set("".join(self.rows))
         if not {"S", "G"} <= letters <= set("SFHG") or len(set(map(len, self.rows))) != 1:
             needed = "rows of equal length over S, F, H and G, with an S and a G"
-            raise ValueError(f"{self.rows} is not a lake: it takes {needed}.")
+            raise ValueError(f"{self.rows} is not a lake: it needs {needed}.")
 
     @property
     def width(self):
@@ -240,7 +240,7 @@ class FrozenLake:
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
         self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        entered = self.state != previous  # false if an episode goes on from a goal, without a reset
+        entered = self.state != previous  # so whoever does not reset is not paid twice
         rewards = self.goal[self.env_index, self.state] & entered
         terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
@@ -316,8 +316,8 @@ def rollout(env, agent, episodes, step_limit=math.inf, first_episode=0):
     bar.close()
     steps = Transition(*(np.stack(field) for field in zip(*history)))  # each field (steps, N)
     trials = []
-    for lake in env.env_index:
-        trials.append(split_episodes(Transition(*(field[:, lake] for field in steps))))
+    for index in env.env_index:
+        trials.append(split_episodes(Transition(*(field[:, index] for field in steps))))
     return trials
 
 
@@ -352,7 +352,7 @@ class TabularQ:
 
     In episode e it acts greedily with probability `greedy_probability(e)`, (N,), else at random.
     Update: Q(s, a) += learning_rate * (r + gamma * max Q(s', .) - Q(s, a)), without the max at a
-    hole or a goal. Unlike the network's loss, it bootstraps at the step limit.
+    hole or a goal. Unlike the network's loss, it bootstraps at the step limit, where Q(s') exists.
     """
 
     def __init__(self, env, rng, greedy_probability, gamma=0.9, learning_rate=0.5):
@@ -396,7 +396,7 @@ class ValueIteration:
             q = (1 - 2 * slip) * intended + slip * sideways
             best.append(q.argmax(-1))
             value = q.max(-1)
-        # (max_steps, N, S) directions by the steps taken; reversed, as the last step came first
+        # (max_steps, N, S): best[t] are the directions to take after t steps
         self.best = np.array(best[::-1])
 
     def act(self, state, episode):
@@ -430,7 +430,7 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        nothing_in_reach = np.isinf(here)  # so it is also on a known hole, which leads nowhere
+        nothing_in_reach = np.isinf(here)  # also true on a known hole
         on_known_goal = here == 0
         changed = nothing_in_reach | on_known_goal
         self.leads_to[changed] = self.unknown

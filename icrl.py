@@ -118,7 +118,7 @@ CHAT_ML = chat_template(
     message_end="<|im_end|>\n",
     end="<|endoftext|>",
 )
-LLAMA_2 = chat_template(  # "action</s>left</s>"
+LLAMA_2 = chat_template(  # no chat format, but all its special tokens: "action</s>left</s>"
     begin="<s>", header_start="", header_end="</s>", message_end="</s>", end="</s>"
 )
 COMPACT = Template(  # of the small network: "13 up 9 right 10 "
@@ -138,7 +138,7 @@ def compact_tokenizer() -> Tokenizer:
     """The small network's vocabulary of 107 tokens: one for each action, tile id and marker."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # needed, but never used
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # no word is unknown
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -186,7 +186,8 @@ class TranscriptTokenizer:
         self.template = choose_template(tokenizer, vocab_size)
         self.cache = {}  # tokens by the text of a segment
         starts, steps, endings = self.template.all_segments()
-        self.action_tokens = [self.tokens(step)[0] for step in steps[0]]
+        steps_to_tile_0 = steps[0]  # by the four actions, in their order
+        self.action_tokens = [self.tokens(step)[0] for step in steps_to_tile_0]
         step_lengths = [len(self.tokens(step)) for step in chain(*steps)]
         self.shortest_step = min(step_lengths)
         self.longest_step = max(step_lengths)
@@ -289,8 +290,8 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
             # it: no action follows in this episode, so there is no Q to bootstrap from.
             discounts[-1] = 0.0
 
-    # An action position counts in the loss if its target can be computed. Only that of the last
-    # position inside may not: its next position is beyond the slice, unless the episode ends.
+    # An action position counts in the loss if its target can be computed. Only the last position in
+    # the slice can lack a target: unless its episode ends, the next position lies beyond the slice.
     n = sum(position < length for position in positions)
     mask = [True] * n
     mask[-1] = discounts[n - 1] == 0.0
@@ -369,8 +370,8 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-# Rows of the cache are read together, padded to the one with the most pending tokens. A row that
-# would make the others pad by more than this reads alone first.
+# Rows of the cache are read together, padded to the one with the most pending tokens. So a row with
+# more pending tokens than this is read alone first.
 MAX_PADDING = 32
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
@@ -448,8 +449,8 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # After its last episode a trial starts one more here, because the last transition was still
-        # active. It is only played if another rollout follows, as in eval.watch.
+        # The agent cannot know which episode is the last one of its trial, so it starts one more,
+        # which is only played if another rollout follows, as in eval.watch.
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -461,7 +462,7 @@ class InContext:
         self.pending[trial] += tokens
 
     def _drop_finished_trials(self):
-        """Keep only the cache's rows of active trials, once that halves the cache."""
+        """Keep only the rows of active trials, once half are finished, as this copies the cache."""
         rows = [row for row, trial in enumerate(self.trial_of) if self.active[trial]]
         if 2 * len(rows) <= len(self.trial_of):
             self.trial_of = self.trial_of[rows]
@@ -539,6 +540,17 @@ def play(
 
 
 # ---- a run: its recipe and its files
+# The lowest and highest values of the settings below; all other numbers may be 0 to MAX_INT.
+FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
+FRACTIONS += "alpha gamma decay_from".split()
+COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
+COUNTS += "steps tokens batch warm_up".split()
+MAX_INT = 2**32 - 1
+BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
+BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
+CHOICES = {"dtype": DTYPES, "quality": QUALITY}
+
+
 def flag(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -578,15 +590,17 @@ class Recipe:
     # The curriculum.
     easy_until: float = flag(0.4, "fraction of the training after which no lake is easy")
     final_from: float = flag(0.6, "fraction of the training after which the final phase begins")
-    final_tokens: int = flag(1024, "tokens in a slice of the final phase, and at play; 0: --tokens")
-    far_goals: float = flag(
-        0.3, "fraction of lakes with the most tiles and far goals (final phase)"
+    final_tokens: int = flag(
+        1024, "tokens in a slice of the final phase, and of context at play; 0: same as --tokens"
     )
+    far_goals: float = flag(0.3, "fraction of lakes of maximal size with far goals (final phase)")
     on_policy: float = flag(0.5, "fraction of sets that are on-policy trials (final phase)")
     # The optimisation.
     steps: int = flag(8400, "optimizer steps")
     tokens: int = flag(512, "tokens in a slice")
-    batch: int = flag(4, "slices in a batch; of longer slices fewer, for the same number of tokens")
+    batch: int = flag(
+        4, "slices in a batch; fewer if they are longer, for the same number of tokens"
+    )
     gamma: float = flag(0.9, "discount factor")
     reward_scale: float = flag(1.0, "factor of the rewards; 30 suits an official Llama's logits")
     alpha: float = flag(0.1, "weight of the online network in each Polyak update (eq. 8)")
@@ -623,17 +637,6 @@ class Recipe:
             else:
                 continue
             raise ValueError(f"--{f.name.replace('_', '-')} has to be {needed}, not {value!r}.")
-
-
-# The lowest and highest values of a Recipe; its other numbers may be 0 to MAX_INT.
-FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
-FRACTIONS += "alpha gamma decay_from".split()
-COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
-COUNTS += "steps tokens batch warm_up".split()
-MAX_INT = 2**32 - 1
-BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
-BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
-CHOICES = {"dtype": DTYPES, "quality": QUALITY}
 
 
 Run = namedtuple("Run", "folder recipe network tokenizer")

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Kernels that take a mask, and need no new plan for each number of slots.
+# Kernels that take a mask; cuDNN's is left out, since it makes a new plan for each shape.
 MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # On a GPU the used part of a cache grows in such steps, to limit the number of different shapes.
 SLOTS_MULTIPLE = 128
@@ -64,7 +64,7 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # Llama 3's; None is plain RoPE
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048  # in tokens
-    dtype: str | None = None  # of the weights; None is the embedding's
+    dtype: str | None = None  # of the weights; None: that of the embedding
 
     @classmethod
     def from_dict(cls, config):
@@ -73,7 +73,7 @@ class LlamaConfig:
         # As in transformers, rope_scaling comes first. It and rope_parameters may hold rope_theta.
         rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         for key, required in REQUIRED.items():
-            for settings in (config, rope):
+            for settings in (config, rope):  # which may hold partial_rotary_factor
                 if settings.get(key, required) != required:  # a missing key is fine
                     raise ValueError(f"{key} {settings[key]!r} is not implemented")
 
@@ -443,7 +443,9 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
         embedding = tensors.setdefault("model.embed_tokens.weight", head)
         if not embedding.equal(head):
             raise ValueError(f"{folder} has two different embeddings, but its config ties them.")
-    if dtype is None and "model.embed_tokens.weight" in tensors:  # else it is found missing below
+    if "model.embed_tokens.weight" not in tensors:
+        raise ValueError(f"{folder} is incomplete: it has no model.embed_tokens.weight.")
+    if dtype is None:
         dtype = DTYPES.get(config.dtype) or tensors["model.embed_tokens.weight"].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -476,9 +478,9 @@ def device_argument(name):
 def free_memory(device):
     """Bytes to plan with.
 
-    On a GPU, 85 % of all its memory, minus what this process uses already, so that the same run is
-    planned alike every time. If less than that is free now, it is what is free, and a line says so.
-    Without a GPU, half of the memory of the machine or, if that is smaller, of its container.
+    On a GPU, 85 % of all its memory, minus what this process uses already, so that the same run has
+    the same micro batches every time. If less than that is free now, it is what is free, and a line
+    says so. Without a GPU, half of the memory of the machine or, if it is less, of its container.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -498,7 +500,7 @@ def free_memory(device):
 
 @contextmanager
 def user_errors():
-    """End the program in one sentence and with exit status 2 on an error that the user can fix."""
+    """On an error that the user can fix, exit with a message of one line and status 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # not every terminal has all characters
     try:
@@ -507,7 +509,8 @@ def user_errors():
     except BrokenPipeError:  # as in `python eval.py | head -1`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        first_line = str(error).partition("\n")[0]
+        print(f"{Path(sys.argv[0]).name}: {first_line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

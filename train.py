@@ -71,7 +71,7 @@ PAPER = Recipe(
 
 # ---- the data
 EASY = {"sides": (3, 3), "goal_distance": 2}
-FAR_EXTRA_STEPS = 3  # a far goal is at least so many steps farther away than --goal-distance
+FAR_EXTRA_STEPS = 3  # a far goal is at least this many steps farther away than --goal-distance
 RANDOM_FRACTION = 0.3  # in this fraction of its episodes, the first ones, Q-learning acts randomly
 GREEDY_PROBABILITY = 0.8  # in the other episodes it acts greedily with this probability
 ON_POLICY_LAKES = 64  # played by the network for each collection of the final phase
@@ -104,7 +104,8 @@ def collect(run, number):
 
     def endless_sets():
         while True:
-            for lake in rng.permutation(len(env)):  # or an on-policy trial in the lake's place
+            for lake in rng.permutation(len(env)):
+                # In the final phase an on-policy trial may take this lake's place.
                 if on_policy and rng.random() < recipe.on_policy:
                     yield next(on_policy)
                 else:
@@ -204,16 +205,17 @@ def activation_bytes(network, tokens):
     D = config.hidden_size
     KV = config.num_key_value_heads * config.head_dim
     inner = config.intermediate_size
-    # Per token and layer, if all weights are trained. 9 D: inputs, normalized inputs and outputs of
-    # both norms; queries; attention's output, twice. 2 KV: keys, values. 4 inner: gate, its silu,
-    # up, and their product.
+    # Per token and layer, if all weights are trained:
+    # 9 D = 2 inputs + 2 normalized inputs + 2 outputs of the norms, 1 queries, 2 attention's output
+    # 2 KV = keys, values
+    # 4 inner = gate, silu(gate), up, product
     per_layer = 9 * D + 2 * KV + 4 * inner
     if network.adapter is not None:
-        # 4 D: inputs of both norms, queries, attention's output. 4 KV: keys and values, before IA3
-        # and after RoPE. 4 inner: as above.
+        # 4 D = 2 inputs of the norms, 1 queries, 1 attention's output
+        # 4 KV = keys and values before IA3, keys after RoPE, values after IA3
         per_layer = 4 * D + 4 * KV + 4 * inner
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
-            per_layer += 2 * D  # the norms of a CPU keep a float32 copy
+            per_layer += 2 * D  # on a CPU the norms keep a float32 copy
     return tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
 
 
@@ -321,7 +323,7 @@ def train(run, args):
         step += 1
 
         # Reading a number back waits for the GPU. So the CPU makes the next batch first, while the
-        # GPU is still busy with this step.
+        # GPU is still busy with this step. (The weights do not change before they are saved.)
         batch = next(stream, None)
         norm = norm.item()
         if not math.isfinite(norm):
@@ -333,7 +335,9 @@ def train(run, args):
         if RANK == 0:
             row = (step, *means.tolist(), optimizers[0].param_groups[0]["lr"], norm)
             log.append(",".join(f"{value:.6g}" for value in row))
-            bar.set_postfix_str("loss {:.4f}, Q {:.3f}, target {:.3f}".format(*row[1:4]), False)
+            bar.set_postfix_str(
+                "loss {:.4f}, Q {:.3f}, target {:.3f}".format(*row[1:4]), refresh=False
+            )
             bar.update()
             if step % args.eval_every == 0 and step < recipe.steps:
                 lakes = unseen_lakes(EVAL_LAKES, recipe.sides, recipe.goal_distance)
@@ -345,7 +349,7 @@ def train(run, args):
                 with atomic_write(run.folder / "log.csv") as path:
                     path.write_text("\n".join(log) + "\n")
                 save_network(run)
-                save_state(run, target, optimizers, step)  # last, as --resume goes by it
+                save_state(run, target, optimizers, step)  # last, as --resume relies on it
     bar.close()
 
 
@@ -364,15 +368,15 @@ def print_header(run):
 def plan_memory(run):
     """Set `recompute_layers` if not even one slice fits; returns the slices of a micro batch."""
     recipe = run.recipe
-    longest = max(recipe.tokens, recipe.context)  # shorter slices fit all the more
+    longest = max(recipe.tokens, recipe.context)  # shorter slices need less
     inner = run.network.llama.config.intermediate_size
     # While a layer is computed, about three float32 copies of its feed-forward activation.
     temporaries = 3 * longest * inner * torch.float32.itemsize
     needed = activation_bytes(run.network, longest) + temporaries
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
-    # As few passes as possible, over micro batches of equal size. Batches of longer slices have
-    # fewer of them, so what fits there fits in all batches.
+    # As few passes as possible, over micro batches of equal size. It is planned for the longest
+    # slices and for the largest batch, which has the shortest slices, so it is safe for all.
     passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
     return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
 
@@ -395,7 +399,8 @@ def compile_q_values(run, micro_batch_size):
     """The same, compiled for each shape, once with a gradient and once without."""
     one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
-    # CUDA graphs keep their outputs in place: a second micro batch would overwrite the first one's.
+    # CUDA graphs reuse the memory of their outputs. The passes with and without a gradient have
+    # different graphs, but a second micro batch would overwrite the outputs of the first one.
     mode = "reduce-overhead" if on_gpu and one_pass else None
     return torch.compile(plain_q_values, dynamic=False, mode=mode)
 
