@@ -681,7 +681,7 @@ def read_recipe(folder) -> Recipe | None:
         path = folder / "config.json"
         with naming_file(path):
             if "icrl" in json.loads(path.read_text()):  # where versions before 0.2.0 had the recipe
-                raise ValueError("it is a run of a version before 0.2.0: train it again")
+                raise ValueError("it is a run of an older version, before 0.2.0: train it again")
         return None
     with naming_file(path):
         settings = json.loads(path.read_text())
