@@ -160,7 +160,7 @@ def test_a_tenth_of_all_lakes_is_set_aside():
 
 def test_an_impossible_map_size_or_distance_is_refused_in_a_sentence():
     for rows in [("SX", "FG"), ("Sg",), ("FG",), ("SH",), ("SFF", "FG"), ("SG", ""), (), ("",)]:
-        said = re.escape(f"{rows} is not a lake: it takes rows of equal length over S, F, H and G")
+        said = re.escape(f"{rows} is not a lake: it needs rows of equal length over S, F, H and G")
         with pytest.raises(ValueError, match=rf"^{said}, [^.]+\.$"):
             Lake(rows)
     for *sides, distance in [(1, 3, 1), (3, 11, 4), (5, 3, 4), (3, 5, 0), (3, 5, 9), (2, 2, 3)]:

@@ -293,7 +293,11 @@ def test_every_agent_plays_a_lake_with_links():
     """Its links say where actions lead. Its rows only say which tiles are S, F, H and G."""
     links = ((1, 0, 0, 0), (0, 2, 1, 1), (2, 4, 3, 0), (3, 3, 3, 3), (0, 0, 0, 0))
     tabular = partial(TabularQ, greedy_probability=icrl.greedy_probability)
-    transformer = partial(icrl.InContext, make_run())
+    run = make_run()
+
+    def transformer(env, rng):
+        return icrl.InContext(run, len(env), rng)
+
     for make in (RandomAgent, tabular, Explorer, ValueIteration, transformer):
         for rows in [("SFFGH",), tuple("SFFGH")]:
             env = FrozenLake([Lake(rows, links)] * 2, rng := np.random.default_rng(0))
@@ -308,7 +312,7 @@ def test_no_more_trials_are_played_together_than_memory_holds(monkeypatch):
     run, lakes, rows = make_run(), [Lake(("SFG",))] * 5, []
     cache = icrl.KVCache(run.network.llama, 1, run.recipe.context + icrl.MAX_PADDING).keys.nbytes
     monkeypatch.setattr(icrl, "free_memory", lambda device: 2 * 4 * cache)
-    monkeypatch.setattr(icrl, "InContext", lambda run, env, *_: rows.append(len(env)))
+    monkeypatch.setattr(icrl, "InContext", lambda run, trials, *_: rows.append(trials))
     monkeypatch.setattr(icrl, "rollout", lambda env, *_, **__: [[]] * len(env))
     assert len(icrl.play(run, lakes, 0)) == 5
     assert rows == [2, 2, 1]

@@ -310,7 +310,7 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment, names)
 
     def recorded(run, lakes, *arguments, **settings):
         played = play(run, lakes, *arguments, **settings)
-        named = dict(zip(("seed", "episodes", "first", "given", "schedule"), arguments))
+        named = dict(zip(("seed", "episodes", "first_episode", "given", "schedule"), arguments))
         calls.append((lakes, played, named | settings))
         return played
 
@@ -336,7 +336,7 @@ def test_experiments(finished, tmp_path, monkeypatch, capsys, experiment, names)
     for change in ("shuffled", "slippery"):
         assert {call[2].get(change) == 1.0 for call in calls} == {experiment == change}
     for before, after in zip(calls[::2], calls[1::2]) if experiment == "changing" else ():
-        assert (after[2]["given"], after[2]["first"]) == (before[1], 30)
+        assert (after[2]["given"], after[2]["first_episode"]) == (before[1], 30)
         assert not set(before[0]) & set(after[0])
     for lake, pair in zip(calls[0][0], calls[0][2]["given"]) if experiment == "stitching" else ():
         paths = sorted((e.episode_return, e.observations.tolist(), e.actions) for e in pair)
