@@ -124,7 +124,9 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
                 accepted.append(Lake(tuple(map("".join, grid))))
         shuffled = [accepted[i] for i in rng.permutation(len(accepted))]
         lakes += [lake for lake in shuffled if lake.is_test == test]
-    raise ValueError(f"There are too few {wanted}: take nearer goals (in train.py: --far-goals 0).")
+    raise ValueError(
+        f"There are too few {wanted}: take nearer goals, or in a training --far-goals 0."
+    )
 
 
 def random_tiles(moves, goal_distance, rng):
