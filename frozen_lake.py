@@ -24,7 +24,7 @@ DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAX_STEPS = 100  # gymnasium's step limit
 MAX_SIDE = 10  # tiles, of the widest and tallest lake
 MAX_TILES = MAX_SIDE**2
-SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48: as many as a lake of 7 x 7 has
+SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48, so that larger lakes' ids are known, too
 BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
 NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # figure 5
 
@@ -432,7 +432,7 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        nothing_in_reach = np.isinf(here)  # also true on a known hole
+        nothing_in_reach = np.isinf(here)  # so it is on a known hole, if the lake was replaced
         on_known_goal = here == 0
         changed = nothing_in_reach | on_known_goal
         self.leads_to[changed] = self.unknown

@@ -77,7 +77,7 @@ class Template(NamedTuple):
     def all_segments(self):
         """All texts that an episode can consist of, to check a tokenizer and to measure lengths.
 
-        Starts, a list by tile; steps and endings, lists of lists by tile.
+        starts[tile]; steps[tile][action]; endings[tile][0, 1, 2], which are won, lost, truncated.
         """
         starts, steps, endings = [], [], []
         for tile in range(MAX_TILES):
@@ -118,7 +118,7 @@ CHAT_ML = chat_template(
     message_end="<|im_end|>\n",
     end="<|endoftext|>",
 )
-LLAMA_2 = chat_template(  # no chat format, but all its special tokens: "action</s>left</s>"
+LLAMA_2 = chat_template(  # its only special tokens, as in "action</s>left</s>"
     begin="<s>", header_start="", header_end="</s>", message_end="</s>", end="</s>"
 )
 COMPACT = Template(  # of the small network: "13 up 9 right 10 "
@@ -138,7 +138,7 @@ def compact_tokenizer() -> Tokenizer:
     """The small network's vocabulary of 107 tokens: one for each action, tile id and marker."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # no word is unknown
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # required, unused
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -370,9 +370,7 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-# Rows of the cache are read together, padded to the one with the most pending tokens. So a row with
-# more pending tokens than this is read alone first.
-MAX_PADDING = 32
+MAX_PADDING = 32  # tokens; see InContext.read_transcripts
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -436,6 +434,8 @@ class InContext:
         for trial in np.flatnonzero(self.starting):
             self._start_episode(trial, self.tokenizer.start(state[trial]))
         self._drop_finished_trials()
+        # Rows are read together, padded to the one with the most pending tokens. Rows with many of
+        # them are read alone first, so that all others are not padded to their length.
         for row in range(len(self.trial_of)):
             self._drop_oldest_episodes(row)
             if len(self.pending[self.trial_of[row]]) > MAX_PADDING:
@@ -449,8 +449,8 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # The agent cannot know which episode is the last one of its trial, so it starts one more,
-        # which is only played if another rollout follows, as in eval.watch.
+        # When an episode ends the next one starts. After the last one of a trial this start is
+        # dropped with the trial, or used by another rollout (eval.watch).
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -480,7 +480,7 @@ class InContext:
         self.cache.lengths[row] = 0
 
     def _read(self, rows):
-        """Let the network read the pending tokens of some rows (a slice), and note its Q-values."""
+        """Let the network read the pending tokens of some rows (a slice); store its Q-values."""
         trials = self.trial_of[rows]
         cache = self.cache[rows]  # a view: what is added to it is added to the whole cache
         device = cache.keys.device
@@ -504,7 +504,7 @@ class InContext:
 def check_context(tokenizer, context, max_steps):
     """ValueError if an episode may be longer than KEEP_FRACTION of the context.
 
-    Otherwise the current episode itself might have to be dropped.
+    Without this check the current episode itself might have to be dropped.
     """
     needed = math.ceil(tokenizer.longest_episode(max_steps) / KEEP_FRACTION)
     if needed > context:

@@ -36,7 +36,7 @@ MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 # On a GPU the used part of a cache grows in such steps, to limit the number of different shapes.
 SLOTS_MULTIPLE = 128
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-REQUIRED = {  # the only values of these settings that are implemented; null counts as missing
+REQUIRED = {  # the only values of these settings that are implemented, where they are set at all
     "model_type": "llama",
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
@@ -69,13 +69,13 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, config):
         """From the contents of a config.json; ValueError for what `Llama` does not implement."""
-        config = {key: value for key, value in config.items() if value is not None}
+        config = {key: value for key, value in config.items() if value is not None}  # no nulls
         # As in transformers, rope_scaling comes first. It and rope_parameters may hold rope_theta.
         rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        settings = rope | config  # either may hold partial_rotary_factor
         for key, required in REQUIRED.items():
-            for settings in (config, rope):  # which may hold partial_rotary_factor
-                if settings.get(key, required) != required:  # a missing key is fine
-                    raise ValueError(f"{key} {settings[key]!r} is not implemented")
+            if key in settings and settings[key] != required:
+                raise ValueError(f"{key} {settings[key]!r} is not implemented")
 
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
@@ -249,6 +249,7 @@ def attend_to_cache(q, k, v, mask):
     become queries of that head: (B, K, H / K * T, hd).
     """
     groups = q.shape[1] // k.shape[1]
+    # For each key/value head first all tokens of one group, then all of the next, like the mask.
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, hd)
     y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
     return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
@@ -438,7 +439,9 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
             if not name.endswith("inv_freq"):  # old checkpoints hold RoPE's frequencies
                 tensors[name] = tensor
 
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # either may stand for both
+    if (
+        config.tie_word_embeddings and "lm_head.weight" in tensors
+    ):  # a file may hold only one of them
         head = tensors.pop("lm_head.weight")
         embedding = tensors.setdefault("model.embed_tokens.weight", head)
         if not embedding.equal(head):
@@ -454,9 +457,8 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
     try:
         llama.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        # 'Missing key(s) in state_dict: "model.a", "model.b". ', the second line, for example,
-        # becomes 'Missing key(s) in state_dict: model.a'.
-        problem = str(error).splitlines()[1].strip(" \t.").replace('"', "").split(", model.")[0]
+        line = str(error).splitlines()[1]  # say, 'Missing key(s) in state_dict: "a", "b". '
+        problem = line.split('", "')[0].replace('"', "").strip(" \t.")  # only the first key
         words = "is incomplete, or not what its config.json says"
         raise ValueError(f"{folder} {words}: {problem}.") from error
     return llama

@@ -323,7 +323,8 @@ def train(run, args):
         step += 1
 
         # Reading a number back waits for the GPU. So the CPU makes the next batch first, while the
-        # GPU is still busy with this step. (The weights do not change before they are saved.)
+        # GPU is still busy with this step. If that begins a collection, on-policy trials are played
+        # here, by the same weights that are saved below.
         batch = next(stream, None)
         norm = norm.item()
         if not math.isfinite(norm):
@@ -375,8 +376,8 @@ def plan_memory(run):
     needed = activation_bytes(run.network, longest) + temporaries
     fits = free_memory(run.network.action_tokens.device) // needed
     run.network.llama.recompute_layers = fits == 0
-    # As few passes as possible, over micro batches of equal size. It is planned for the longest
-    # slices and for the largest batch, which has the shortest slices, so it is safe for all.
+    # As few passes as possible, over micro batches of equal size. An upper bound for both phases:
+    # as if the batches with the most slices also had the longest ones.
     passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
     return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
 

@@ -1,11 +1,14 @@
 """benchmark.py and memory.py: what they claim, except for speed."""
 
+import re
 from pathlib import Path
 
 import benchmark
+import gpu
 import memory
 import pytest
 import torch
+from test_official import save_checkpoint
 
 import train
 from ia3 import IA3
@@ -47,3 +50,24 @@ def test_the_8b(capsys, monkeypatch):
         benchmark.our_playing("tiny 8B", trials=2)
     printed = capsys.readouterr().out
     assert printed.count(" times\n    our_step('tiny 8B')") == printed.count(" apart\n") == 2
+
+
+def test_the_script_for_gpus_runs_without_one(tmp_path, capsys):
+    """The paper's recipe on a small checkpoint; its adapter names a repository. The 8B's part."""
+    save_checkpoint(tmp_path / "base", "ChatML")
+    flags = "--tokens 300 --max-steps 15 --lakes 9 --episodes 30 --batch 2"
+    command = [
+        "--minutes",
+        "0.01",
+        "--flags",
+        flags,
+        "--name",
+        "some/base",
+        "--only",
+        "paper",
+        "8B",
+    ]
+    gpu.main([str(tmp_path / "base"), "--out", str(tmp_path), *command])
+    assert "some/base" in (tmp_path / "run" / "adapter_config.json").read_text()
+    apart = re.search(r"at most (\S+) apart", capsys.readouterr().out)[1]
+    assert float(apart) < 0.05

@@ -105,3 +105,10 @@ def test_every_mean_return_in_results_is_in_a_csv():
     known = np.array(sorted(known))
     for figure in re.findall(r"\b[01]\.\d{3}\b", RESULTS):
         assert np.abs(known - float(figure)).min() < 0.00051, figure
+
+
+def test_your_own_world_runs(capsys):
+    """The page's Python: the pretrained network learns it in its context."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+    assert re.search(r"pretrained .* 1\.000 +100% +0\.0%", capsys.readouterr().out)
