@@ -109,15 +109,23 @@ def play_baselines(run, stages, seed, episodes=30, **env_options):
     return played
 
 
+def names_of(runs):
+    """The names of the runs' folders, or their whole paths if two names are the same."""
+    names = [run.folder.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    return names
+
+
 def evaluate(experiment, runs, out, trials, seed=0, skip=0):
     """Play the lakes of an experiment with every run and every baseline, and report."""
     stages = lakes_of(experiment, runs[0].recipe, trials, skip)
     ensure_writable(out)
     env_options = ENV_OPTIONS.get(experiment, {})
     played = {}
-    for run in runs:
-        for name, schedule in SCHEDULES.items():
-            label = f"{run.folder.name}, {name}"
+    for name, run in zip(names_of(runs), runs):
+        for variant, schedule in SCHEDULES.items():
+            label = f"{name}, {variant}"
             played[label] = play_stages(run, stages, seed, schedule=schedule, **env_options)
     played |= play_baselines(runs[0], stages, seed, **env_options)
     report(out, experiment, f"{trials} {TITLES[experiment]}", played)
@@ -292,8 +300,7 @@ def stitching(runs, out, trials, seed, skip):
     ensure_writable(out)
 
     played = {}
-    for run in runs:
-        name = run.folder.name
+    for name, run in zip(names_of(runs), runs):
         played[f"{name}, greedy"] = play(run, lakes, seed, 5, given=given, schedule=always_greedy)
         without = play(run, lakes, seed, 5, schedule=always_greedy)
         played[f"{name}, without the given episodes"] = without
@@ -436,7 +443,8 @@ def main(arguments=None):
 
     runs = [load_run(run, args.device, args.context) for run in args.runs or [PRETRAINED]]
     first = runs[0]
-    out = args.out or first.folder / "-".join([experiment, *(run.folder.name for run in runs[1:])])
+    others = [run.folder.resolve().name for run in runs[1:]]
+    out = args.out or first.folder / "-".join([experiment, *others])
     if experiment == "watch":
         return watch(first, one_lake(first.recipe, args), args.seed)
     if experiment == "policy_map":

@@ -489,7 +489,8 @@ def free_memory(device):
         free, total = torch.cuda.mem_get_info(device)
         planned = int(0.85 * total) - torch.cuda.memory_allocated(device)
         if free < planned:
-            print(f"Only {free / 2**30:.1f} GiB of the GPU are free, less than planned.")
+            message = f"Only {free / 2**30:.1f} GiB of the GPU are free, less than planned."
+            print(message, file=sys.stderr)
         return min(free, planned)
     limits = []
     if hasattr(os, "sysconf"):  # Windows has none

@@ -437,7 +437,7 @@ def load_state(run, target, optimizers):
     if not path.exists():
         return 0
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, parameters in training_tensors(run, target).items():
             for key, parameter in parameters.items():
                 parameter.copy_(state[name][key])
@@ -561,7 +561,7 @@ def check_recipe(recipe, tokenizer):
 def claim_folder(out):
     """Make the folder, or the first of runs/1, runs/2, ... that no other run has made."""
     if RANK > 0:
-        return Path()  # the first process writes all files
+        return out or Path("runs")  # unused: the first process writes all files
     if out:
         out.mkdir(parents=True, exist_ok=True)
         return out

@@ -446,3 +446,14 @@ def test_bad_input(finished, tmp_path, capsys, command, damage):
     if bar:  # the checkpoint of the step before
         state = torch.load(new / "state.pt", weights_only=True)
         assert all(t.isfinite().all() for n in ("online", "target") for t in state[n].values())
+
+
+def test_runs_whose_folders_have_the_same_name_are_both_there(finished, tmp_path):
+    """Their rows have their paths; a run that is the current folder has its folder's name."""
+    runs = [shutil.copytree(finished, tmp_path / name / "1") for name in "ab"]
+    go(evaluation, "unseen", *runs, "--trials", 1, "--out", tmp_path / "out")
+    agents = set(rows_of(tmp_path / "out" / "curve.csv")[1:, 1])
+    assert {f"{run}, greedy" for run in runs} <= agents
+    assert evaluation.names_of([load_run(runs[0])._replace(folder=Path())]) == [
+        Path().resolve().name
+    ]
