@@ -210,6 +210,7 @@ def save_picture(path, save, **options):
             save(temporary, **options)
     except Exception as error:
         raise ValueError(f"{path} cannot be drawn: {error!r}") from error
+    print(f"Written: {path}")
 
 
 def report(folder, experiment, title, played):
@@ -223,14 +224,13 @@ def report(folder, experiment, title, played):
             for episode, row in enumerate(zip(mean, *wilson(mean, len(values)))):
                 cells = [f"{value:.4f}" for value in row]
                 writer.writerow([experiment, name, episode, *cells, len(values)])
-    picture = f"Written: {folder / 'curve.png'}"
+    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}")
     try:
         plot(folder / "curve.png", title, returns)
     except ImportError:
-        picture = "(for a picture: pip install matplotlib)"
+        print("(for a picture: pip install matplotlib)")
     except ValueError as error:  # the curve itself is safe in the file
-        picture = f"(no picture: {error})"
-    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}\n{picture}")
+        print(f"(no picture: {error})")
 
 
 # ---- stitching
@@ -412,7 +412,6 @@ def policy_map(run, path, lake, seed):
         for axes, number in zip(panels.flat, (0, 1, 2, 5, 10, 29)):
             draw_episode(axes, run, env, lake, episodes, number)
         save_picture(path, figure.savefig, dpi=150)
-    print(f"Written: {path}")
 
 
 def main(arguments=None):

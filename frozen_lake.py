@@ -175,10 +175,8 @@ def crop_ids(lake, rng):
 
 
 # ---- the environment
-# A step of the environment. Its fields are
-#   arrays (N,), of a step on N lakes, of which those that are `active` have episodes left to play;
-#   or numbers, of a step on one lake;
-#   or arrays (steps,), of all steps on one lake.
+# A step of the environment. Its fields are arrays (N,), for N lakes, of which those that are
+# `active` have episodes left to play; or numbers, for one lake.
 Transition = namedtuple(
     "Transition", "state action next_state reward terminated truncated active", defaults=[True]
 )
@@ -316,22 +314,19 @@ def rollout(env, agent, episodes, step_limit=math.inf, first_episode=0):
         episode = episode + (done & active)
         bar.update((done & active).sum())
     bar.close()
-    steps = Transition(*(np.stack(field) for field in zip(*history)))  # each field (steps, N)
-    trials = []
-    for index in env.env_index:
-        trials.append(split_episodes(Transition(*(field[:, index] for field in steps))))
-    return trials
+    columns = [np.stack(field, axis=1) for field in zip(*history)]  # one per field, (N, steps)
+    return [split_episodes(*steps) for steps in zip(*columns)]
 
 
-def split_episodes(steps):
-    """The finished episodes on one lake, from a Transition with fields of (steps,)."""
-    ends = 1 + np.flatnonzero((steps.terminated | steps.truncated) & steps.active)
+def split_episodes(state, action, next_state, reward, terminated, truncated, active):
+    """The finished episodes among the steps on one lake; all arguments are arrays (steps,)."""
+    ends = 1 + np.flatnonzero((terminated | truncated) & active)
     episodes = []
     for begin, end in zip([0, *ends], ends):
-        observations = np.append(steps.state[begin:end], steps.next_state[end - 1])
-        actions = steps.action[begin:end]
-        rewards = steps.reward[begin:end]
-        episodes.append(Episode(observations, actions, rewards, steps.truncated[end - 1]))
+        observations = np.append(state[begin:end], next_state[end - 1])
+        episodes.append(
+            Episode(observations, action[begin:end], reward[begin:end], truncated[end - 1])
+        )
     return episodes
 
 

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from frozen_lake import ACTIONS, MAX_SIDE, MAX_STEPS, MAX_TILES, RandomAgent, Transition, draw
-from frozen_lake import make_env, random_lakes, rollout
+from frozen_lake import ACTIONS, MAX_SIDE, MAX_STEPS, MAX_TILES, Episode, RandomAgent, Transition
+from frozen_lake import draw, make_env, random_lakes, rollout
 from ia3 import IA3, PEFT_CONFIG
 from llama import DTYPES, MASKED_KERNELS, KVCache, free_memory, load_llama, load_tensors
 from llama import load_tokenizer, naming_file, user_errors
@@ -73,22 +73,6 @@ class Template(NamedTuple):
         if t.truncated:
             text += self.truncated
         return text + (self.end if t.terminated or t.truncated else self.prompt)
-
-    def all_segments(self):
-        """All texts that an episode can consist of, to check a tokenizer and to measure lengths.
-
-        starts[tile]; steps[tile][action]; endings[tile][0, 1, 2], which are won, lost, truncated.
-        """
-        starts, steps, endings = [], [], []
-        for tile in range(MAX_TILES):
-            plain = [Transition(tile, action, tile, 0, False, False) for action in range(4)]
-            won = Transition(tile, 0, tile, 1, True, False)
-            lost = Transition(tile, 0, tile, 0, True, False)
-            truncated = Transition(tile, 0, tile, 0, False, True)
-            starts.append(self.start_text(tile))
-            steps.append([self.transition_text(t) for t in plain])
-            endings.append([self.transition_text(t) for t in (won, lost, truncated)])
-        return starts, steps, endings
 
 
 def chat_template(*, begin, header_start, header_end, message_end, end):
@@ -143,56 +127,56 @@ def compact_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def choose_template(tokenizer, vocab_size) -> Template:
-    """The first of TEMPLATES that fits a tokenizer and a network; ValueError if none does."""
-    problem = f"has none of the tokens {', '.join(TEMPLATES)}"
-    for token, template in TEMPLATES.items():
-        if tokenizer.token_to_id(token) is not None:
-            problem = find_problem(template, tokenizer, vocab_size)
-            if problem is None:
-                return template
-    raise ValueError(f"The tokenizer {problem}: take another model.")
-
-
-def find_problem(template, tokenizer, vocab_size) -> str | None:
-    """Why a template does not fit, or None.
-
-    Segments are tokenized one by one, so a tokenizer must not merge characters across borders.
-    """
-
-    def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    starts, steps, endings = template.all_segments()
-    transcript = []  # an episode for each tile and ending
-    for start, steps_to_tile, endings_on_tile in zip(starts, steps, endings):
-        for ending in endings_on_tile:
-            transcript += [start, *steps_to_tile, ending]
-    tokens = [encode(segment) for segment in transcript]
-    if max(map(max, tokens)) >= vocab_size:
-        return f"has tokens beyond the {vocab_size} that the network has an embedding of"
-    if len({encode(step)[0] for step in steps[0]}) < len(ACTIONS):
-        return "makes two action words begin with the same token"
-    if encode("".join(transcript)) != list(chain(*tokens)):
-        return "joins neighbouring segments of a transcript"
-    return None
+def sample_episodes():
+    """Episodes with every tile, action and ending, to check a tokenizer and to measure lengths."""
+    for tile in range(MAX_TILES):
+        for reward, truncated in ((1, False), (0, False), (0, True)):  # won, lost, truncated
+            actions = np.array([0, 1, 2, 3, 0])
+            rewards = np.array([0, 0, 0, 0, reward])
+            yield Episode(np.full(6, tile), actions, rewards, truncated)
 
 
 class TranscriptTokenizer:
-    """Turns a transcript into tokens, segment by segment: an episode's start, or a transition."""
+    """Turns a transcript into tokens, segment by segment: an episode's start, or a transition.
+
+    Its template is the first of TEMPLATES that fits the tokenizer and a network with `vocab_size`
+    embeddings. ValueError if none does.
+    """
 
     def __init__(self, tokenizer, vocab_size):
         self.tokenizer = tokenizer
-        self.template = choose_template(tokenizer, vocab_size)
-        self.cache = {}  # tokens by the text of a segment
-        starts, steps, endings = self.template.all_segments()
-        steps_to_tile_0 = steps[0]  # by the four actions, in their order
-        self.action_tokens = [self.tokens(step)[0] for step in steps_to_tile_0]
-        step_lengths = [len(self.tokens(step)) for step in chain(*steps)]
-        self.shortest_step = min(step_lengths)
-        self.longest_step = max(step_lengths)
-        self.longest_start = max(len(self.tokens(start)) for start in starts)
-        self.longest_ending = max(len(self.tokens(ending)) for ending in chain(*endings))
+        problem = f"has none of the tokens {', '.join(TEMPLATES)}"
+        for token, template in TEMPLATES.items():
+            if problem and tokenizer.token_to_id(token) is not None:
+                self.template = template
+                self.cache = {}  # tokens by the text of a segment
+                problem = self.find_problem(vocab_size)
+        if problem:
+            raise ValueError(f"The tokenizer {problem}: take another model.")
+
+        samples = [self.segments(episode) for episode in sample_episodes()]
+        steps = [step for _, *steps, _ in samples for step in steps]
+        self.action_tokens = [step[0] for step in steps[:4]]  # in the actions' order
+        self.shortest_step = min(map(len, steps))
+        self.longest_step = max(map(len, steps))
+        self.longest_start = max(len(start) for start, *_ in samples)
+        self.longest_ending = max(len(ending) for *_, ending in samples)
+
+    def find_problem(self, vocab_size):
+        """Why the template does not fit, or None.
+
+        Segments are tokenized one by one, so a tokenizer must not merge characters across borders.
+        """
+        text = "".join(map(self.text, sample_episodes()))
+        tokens = list(chain(*map(self.encode, sample_episodes())))
+        first_tokens = {step[0] for step in self.segments(next(sample_episodes()))[1:]}
+        if max(tokens) >= vocab_size:
+            return f"has tokens beyond the {vocab_size} that the network has an embedding of"
+        if len(first_tokens) < len(ACTIONS):
+            return "makes two action words begin with the same token"
+        if self.tokenizer.encode(text, add_special_tokens=False).ids != tokens:
+            return "joins neighbouring segments of a transcript"
+        return None
 
     def tokens(self, segment):
         """The token ids of a segment's text."""
@@ -216,8 +200,12 @@ class TranscriptTokenizer:
 
     def encode(self, episode):
         """An episode as tokens."""
-        transitions = map(self.transition, episode.transitions())
-        return list(chain(self.start(episode.observations[0]), *transitions))
+        return list(chain(*self.segments(episode)))
+
+    def segments(self, episode):
+        """An episode as a list of tokens for its start and for each transition."""
+        start = self.start(episode.observations[0])
+        return [start, *map(self.transition, episode.transitions())]
 
     def max_actions(self, length):
         """The most action positions that a slice can have; the last step may be cut off."""

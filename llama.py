@@ -14,6 +14,7 @@ H heads, K key/value heads, hd head size, I feed-forward.
 import json
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -70,9 +71,9 @@ class LlamaConfig:
     def from_dict(cls, config):
         """From the contents of a config.json; ValueError for what `Llama` does not implement."""
         config = {key: value for key, value in config.items() if value is not None}  # no nulls
-        # As in transformers, rope_scaling comes first. It and rope_parameters may hold rope_theta.
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        settings = rope | config  # either may hold partial_rotary_factor
+        # As in transformers, rope_scaling comes first. Either may hold rope_theta, too.
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        settings = config | rope
         for key, required in REQUIRED.items():
             if key in settings and settings[key] != required:
                 raise ValueError(f"{key} {settings[key]!r} is not implemented")
@@ -86,21 +87,16 @@ class LlamaConfig:
         if not positive or heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
             raise ValueError(f"no Llama has these sizes: {sizes}")
 
-        config["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10_000)))
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope.get("type", rope_type) != rope_type:
-            raise ValueError(f"RoPE's type is {rope['type']!r}, but its rope_type {rope_type!r}")
-        if rope_type == "default":
-            config["rope_scaling"] = None
-        elif rope_type == "llama3" and rope.keys() >= set(LLAMA3_SCALING):
-            scaling = {key: rope[key] for key in LLAMA3_SCALING}
-            config["rope_scaling"] = {"rope_type": "llama3"} | scaling
-        else:
+        config["rope_theta"] = float(settings.get("rope_theta", 10_000))
+        config["rope_scaling"] = None
+        rope_types = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+        if rope_types == {"llama3"} and rope.keys() >= set(LLAMA3_SCALING):
+            config["rope_scaling"] = {"rope_type": "llama3"}
+            config["rope_scaling"] |= {key: rope[key] for key in LLAMA3_SCALING}
+        elif rope_types:
             raise ValueError(f"RoPE scaling {rope} is not implemented, or is incomplete")
 
         config.setdefault("dtype", config.get("torch_dtype"))
-        if config["dtype"] not in (None, *DTYPES):
-            raise ValueError(f"dtype {config['dtype']!r} is not implemented")
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_dict(self):
@@ -343,12 +339,6 @@ class Llama(nn.Module):
 
 
 # ---- checkpoints: if one cannot be used, a ValueError says why in one sentence
-HUB_ERRORS = {
-    errors.GatedRepoError: "is gated: ask for access on its Hub page, then `hf auth login`.",
-    errors.LocalEntryNotFoundError: "is not in the Hub's cache: go online, or name a folder.",
-}
-
-
 def fetch(source: str | Path, *patterns, revision="") -> Path:
     """A checkpoint's folder: `source` itself, or its copy in the Hub's cache, downloaded if needed.
 
@@ -361,12 +351,15 @@ def fetch(source: str | Path, *patterns, revision="") -> Path:
         raise ValueError(f"{source} is not a folder.")
     try:
         return Path(snapshot_download(source, revision=revision or None, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        reason = "is gated: ask for access on its Hub page, then `hf auth login`."
+        raise ValueError(f"{source} {reason}") from error
+    except errors.LocalEntryNotFoundError as error:
+        reason = "is not in the Hub's cache: go online, or name a folder."
+        raise ValueError(f"{source} {reason}") from error
     except Exception as error:  # the Hub's library and its HTTP library have many kinds
-        first_words = str(error).strip().partition("\n")[0].partition(". ")[0]
-        reason = f"cannot be downloaded from the Hub: {type(error).__name__}, {first_words}"
-        for kind, known_reason in HUB_ERRORS.items():
-            if isinstance(error, kind):
-                reason = known_reason
+        words = re.split(r"\. |\n", str(error).strip())[0]
+        reason = f"cannot be downloaded from the Hub: {type(error).__name__}, {words}"
         raise ValueError(f"{source} {reason}") from error
 
 
@@ -439,9 +432,8 @@ def load_llama(source: str | Path, dtype=None, device="cpu", revision="") -> Lla
             if not name.endswith("inv_freq"):  # old checkpoints hold RoPE's frequencies
                 tensors[name] = tensor
 
-    if (
-        config.tie_word_embeddings and "lm_head.weight" in tensors
-    ):  # a file may hold only one of them
+    # Tied embeddings may be in a checkpoint once, under either name, or twice.
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
         embedding = tensors.setdefault("model.embed_tokens.weight", head)
         if not embedding.equal(head):

@@ -329,8 +329,10 @@ def train(run, args):
         norm = norm.item()
         if not math.isfinite(norm):
             bar.close()
-            done = f"after {step - 1} steps"
-            raise ValueError(f"The gradient's norm is {norm} {done}: {advice(recipe)}.")
+            advice = "lower the learning rates"
+            if recipe.dtype == "float16":  # its largest number is 65,504
+                advice += ", or take --dtype bfloat16 instead of float16"
+            raise ValueError(f"The gradient's norm is {norm} after {step - 1} steps: {advice}.")
 
         # The log, an evaluation on unseen lakes, a checkpoint.
         if RANK == 0:
@@ -355,15 +357,16 @@ def train(run, args):
 
 
 def print_header(run):
-    """Say what is trained, on stderr, like all but the final table."""
+    """Say what is trained, and show an episode: down and right to a goal."""
     if RANK == 0:
         parameters = sum(p.numel() for p in run.network.trainable_parameters().values())
-        print(f"{run.folder}: {parameters:,} parameters are trained.", file=sys.stderr)
-        print(f"Stop with Ctrl-C, continue with --resume {run.folder}.", file=sys.stderr)
-        # Down and right to a goal, on a lake that is four tiles wide.
-        example = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
-        text = run.tokenizer.text(example)
-        print(f"An episode as the network reads it: {text!r}", file=sys.stderr)
+        episode = Episode(np.array([2, 6, 7]), np.array([1, 2]), np.array([0, 1]))
+        lines = [
+            f"{run.folder}: {parameters:,} parameters are trained.",
+            f"Stop with Ctrl-C, continue with --resume {run.folder}.",
+            f"An episode as the network reads it: {run.tokenizer.text(episode)!r}",
+        ]
+        print(*lines, sep="\n", file=sys.stderr)
 
 
 def plan_memory(run):
@@ -406,24 +409,16 @@ def compile_q_values(run, micro_batch_size):
     return torch.compile(plain_q_values, dynamic=False, mode=mode)
 
 
-def advice(recipe):
-    """What to do about a gradient that is infinite or NaN."""
-    if recipe.dtype == "float16":
-        return "take bfloat16, as numbers may be too large for float16, or lower the learning rates"
-    return "lower the learning rates"
-
-
 # ---- checkpoints
-def training_tensors(run, target):
-    """What is trained, and the target network's copy of it, by name."""
-    networks = {"online": run.network, "target": target}
-    return {name: network.trainable_parameters() for name, network in networks.items()}
-
-
 def save_state(run, target, optimizers, step):
     """Write all that --resume needs to one file, atomically."""
-    state = training_tensors(run, target) | {"step": step, "processes": WORLD_SIZE}
-    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    state = {
+        "online": run.network.trainable_parameters(),
+        "target": target.trainable_parameters(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "processes": WORLD_SIZE,
+    }
     content = io.BytesIO()
     torch.save(state, content)
     with atomic_write(run.folder / "state.pt") as path:
@@ -438,8 +433,8 @@ def load_state(run, target, optimizers):
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, parameters in training_tensors(run, target).items():
-            for key, parameter in parameters.items():
+        for name, network in (("online", run.network), ("target", target)):
+            for key, parameter in network.trainable_parameters().items():
                 parameter.copy_(state[name][key])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
