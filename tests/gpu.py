@@ -66,9 +66,8 @@ def eight_billion():
     print(f"Cached and uncached Q-values are at most {(cached - whole).abs().max():.1e} apart")
     kernels = {event.key for event in profiler.key_averages() if "attention" in event.key}
     print("Attention by", ", ".join(sorted(kernels)))
-    ours = f"our_step('{SHAPE}')"
     theirs = f"their_step('{SHAPE}')"
-    benchmark.compare(f"{SHAPE}, tokens/s", (ours, theirs))
+    benchmark.compare(f"{SHAPE}, tokens/s", (f"our_step('{SHAPE}')", theirs))
     benchmark.compare(f"{SHAPE}, --compile", (f"our_step('{SHAPE}', compiled=True)", theirs))
     benchmark.compare(f"{SHAPE}, playing", (f"our_playing('{SHAPE}')",) * 2, turns=1)
 
@@ -88,12 +87,9 @@ def main(arguments=None):
     parser.add_argument("--flags", default="--compile", help="more flags of train.py, in one word")
     parser.add_argument("--only", nargs="*", default=["paper", "8B", "small"])
     args = parser.parse_args(arguments)
-    if "paper" in args.only:
-        paper(args)
-    if "8B" in args.only:
-        eight_billion()
-    if "small" in args.only:
-        small()
+    parts = {"paper": lambda: paper(args), "8B": eight_billion, "small": small}
+    for part in args.only:
+        parts[part]()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from llama import Llama, LlamaConfig
 from train import activation_bytes
 
 DEFAULT, SMOLLM2, LLAMA3 = (64, 192, 4, 2, 2, 32), (72, 192, 4, 9, 3, 8), (64, 224, 4, 8, 2, 8)
-
-
 CASES = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
 
 
@@ -56,17 +54,7 @@ def test_the_script_for_gpus_runs_without_one(tmp_path, capsys):
     """The paper's recipe on a small checkpoint; its adapter names a repository. The 8B's part."""
     save_checkpoint(tmp_path / "base", "ChatML")
     flags = "--tokens 300 --max-steps 15 --lakes 9 --episodes 30 --batch 2"
-    command = [
-        "--minutes",
-        "0.01",
-        "--flags",
-        flags,
-        "--name",
-        "some/base",
-        "--only",
-        "paper",
-        "8B",
-    ]
+    command = ["--flags", flags, *"--minutes 0.01 --name some/base --only paper 8B".split()]
     gpu.main([str(tmp_path / "base"), "--out", str(tmp_path), *command])
     assert "some/base" in (tmp_path / "run" / "adapter_config.json").read_text()
     apart = re.search(r"at most (\S+) apart", capsys.readouterr().out)[1]

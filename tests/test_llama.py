@@ -21,16 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ia3 import IA3
-from llama import (
-    KVCache,
-    Llama,
-    LlamaConfig,
-    attend_to_cache,
-    free_memory,
-    load_llama,
-    load_tokenizer,
-)
-from llama import rope_frequencies
+from llama import KVCache, Llama, LlamaConfig, attend_to_cache, free_memory, load_llama
+from llama import load_tokenizer, rope_frequencies
 
 ROOT = Path(__file__).parent.parent
 NAMES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
@@ -193,15 +185,12 @@ def feed(cache: KVCache, texts: torch.Tensor, counts: list[int], adapter=None, p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_is_computed_in_float32(dtype):
     """Bit for bit the same as with casts before and after it."""
-    norm, x = (
-        LLAMA.model.norm,
-        torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype),
-    )
-    weight = torch.rand(32).to(dtype)
-    norm = copy.deepcopy(norm)
-    norm.weight = torch.nn.Parameter(weight)
-    expected = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps)
-    assert_same(norm(x), weight * expected.to(dtype), atol=1e-6 if dtype == torch.float32 else 0)
+    norm = copy.deepcopy(LLAMA.model.norm).to(dtype)
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps)
+    expected = norm.weight * normed.to(dtype)
+    assert_same(norm(x), expected, atol=1e-6 if dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
