@@ -79,7 +79,7 @@ def lakes_of(experiment, recipe, trials, skip=0):
 
 
 def play_stages(run, stages, seed, **options):
-    """30 episodes per stage. Nobody tells the agent of a new stage; its transcript just goes on."""
+    """30 episodes per stage. The agent is not told of a new stage: its transcript goes on."""
     trials = [[] for _ in stages[0]]
     for number, lakes in enumerate(stages):
         given = trials if number > 0 else None
@@ -341,7 +341,8 @@ PATH_COLOUR = "#6A3D9A"
 def policy_of(run, env, given):
     """The direction of the best action on each tile, (tiles, 2) rows and columns, and its Q-value.
 
-    The network is asked once per tile, after the given episodes, as if the next one began there.
+    N trials, one per tile, have the given episodes as their transcript; in each of them the next
+    episode begins on that tile.
     """
     ids = env.tile_ids[0]
     agent = InContext(run, len(ids), env.rng, given=[given] * len(ids))

@@ -24,7 +24,7 @@ DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAX_STEPS = 100  # gymnasium's step limit
 MAX_SIDE = 10  # tiles, of the widest and tallest lake
 MAX_TILES = MAX_SIDE**2
-SHUFFLED_IDS = 49  # ids of shuffled tiles are 0 to 48, so that larger lakes' ids are known, too
+SHUFFLED_IDS = 49  # shuffled tiles have ids from 0 to 48, of which small lakes alone use few
 BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
 NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # figure 5
 
@@ -67,7 +67,7 @@ class Lake:
     def is_test(self):
         """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map.
 
-        A world with `links` never is.
+        So every process finds the same lakes. A world with `links` is none of them.
         """
         chosen = zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
         return not self.links and (chosen or self.rows == NOTEBOOK_ROWS)
@@ -76,9 +76,9 @@ class Lake:
 def grid_moves(height, width):
     """The tile that each action leads to on a grid with walls around it, (height * width, A)."""
     row, column = np.divmod(np.arange(height * width)[:, None], width)  # (tiles, 1)
-    down, right = np.transpose(DIRECTIONS)  # (A,)
-    row = np.clip(row + down, 0, height - 1)
-    column = np.clip(column + right, 0, width - 1)
+    row_change, column_change = np.transpose(DIRECTIONS)  # (A,)
+    row = np.clip(row + row_change, 0, height - 1)
+    column = np.clip(column + column_change, 0, width - 1)
     return row * width + column
 
 
@@ -167,16 +167,16 @@ def crop_ids(lake, rng):
     For example, a lake of 2 x 2 from the corner of a map with 5 columns has the ids 0, 1, 5 and 6.
     A network knows only the ids that it has seen; so it gets to know those of larger lakes.
     """
-    columns = rng.integers(lake.width, max(CROP_SIDE, lake.width) + 1)
+    map_width = rng.integers(lake.width, max(CROP_SIDE, lake.width) + 1)
     top = rng.integers(max(CROP_SIDE - len(lake.rows), 0) + 1)
-    left = rng.integers(columns - lake.width + 1)
+    left = rng.integers(map_width - lake.width + 1)
     row, column = np.divmod(np.arange(lake.tiles.size), lake.width)
-    return (top + row) * columns + left + column
+    return (top + row) * map_width + left + column
 
 
 # ---- the environment
-# A step of the environment. Its fields are arrays (N,), for N lakes, of which those that are
-# `active` have episodes left to play; or numbers, for one lake.
+# A step on N lakes, as arrays (N,), or on one lake, as numbers.
+# `active` tells which of the N lakes have episodes left to play.
 Transition = namedtuple(
     "Transition", "state action next_state reward terminated truncated active", defaults=[True]
 )
@@ -185,10 +185,10 @@ Transition = namedtuple(
 class FrozenLake:
     """N lakes stepped together, each like gymnasium's FrozenLake-v1.
 
-    A state is the id of a tile. An action off the edge changes nothing; entering a goal pays 1;
-    holes and goals end the episode; after `max_steps` it is truncated. Optional, per lake:
-    `tile_ids` (tiles,) replace the tiles' numbers, `action_map` (A,) gives the direction of each
-    action, and on `slippery` lakes a step goes as intended or to either side, each with
+    A state is the id of a tile. An action off the edge changes nothing. Entering a goal gives a
+    reward of 1. Holes and goals end the episode; after `max_steps` it is truncated. Optional, per
+    lake: `tile_ids` (tiles,) replace the tiles' numbers, `action_map` (A,) gives the direction of
+    each action, and on `slippery` lakes a step goes as intended or to either side, each with
     probability 1/3.
     """
 
@@ -240,7 +240,7 @@ class FrozenLake:
             direction = (direction + sideways * self.slippery) % len(ACTIONS)
         self.state = self.moves[self.env_index, previous, direction]
         self.steps += 1
-        entered = self.state != previous  # so whoever does not reset is not paid twice
+        entered = self.state != previous  # so that there is no second reward without a reset
         rewards = self.goal[self.env_index, self.state] & entered
         terminated = self.terminal[self.env_index, self.state]
         truncated = (self.steps >= self.max_steps) & ~terminated
@@ -314,7 +314,8 @@ def rollout(env, agent, episodes, step_limit=math.inf, first_episode=0):
         episode = episode + (done & active)
         bar.update((done & active).sum())
     bar.close()
-    columns = [np.stack(field, axis=1) for field in zip(*history)]  # one per field, (N, steps)
+    # From a Transition per step to an array (N, steps) per field, and then to lakes.
+    columns = [np.stack(field, axis=1) for field in zip(*history)]
     return [split_episodes(*steps) for steps in zip(*columns)]
 
 
@@ -427,7 +428,8 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        nothing_in_reach = np.isinf(here)  # so it is on a known hole, if the lake was replaced
+        # Known holes lead only to themselves, so nothing is in reach from them either.
+        nothing_in_reach = np.isinf(here)
         on_known_goal = here == 0
         changed = nothing_in_reach | on_known_goal
         self.leads_to[changed] = self.unknown
@@ -440,13 +442,13 @@ class Explorer:
 
     def observe(self, transition):
         active = Transition(*(field[transition.active] for field in transition))
-        lake = self.env_index[transition.active]
-        self.leads_to[lake, active.state, active.action] = active.next_state
+        index = self.env_index[transition.active]
+        self.leads_to[index, active.state, active.action] = active.next_state
         # Holes and goals lead nowhere else.
-        lake = lake[active.terminated]
+        ended = index[active.terminated]
         end = active.next_state[active.terminated]
-        self.leads_to[lake, end] = end[:, None]
-        self.goal[lake, end] = active.reward[active.terminated] > 0
+        self.leads_to[ended, end] = end[:, None]
+        self.goal[ended, end] = active.reward[active.terminated] > 0
 
 
 def draw(lake, path=()):

@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from frozen_lake import ACTIONS, MAX_SIDE, MAX_STEPS, MAX_TILES, Episode, RandomAgent, Transition
 from frozen_lake import draw, make_env, random_lakes, rollout
 from ia3 import IA3, PEFT_CONFIG
-from llama import DTYPES, MASKED_KERNELS, KVCache, free_memory, load_llama, load_tensors
+from llama import DTYPES, MASKED_KERNELS, KVCache, memory_budget, load_llama, load_tensors
 from llama import load_tokenizer, naming_file, user_errors
 
 PRETRAINED = Path(__file__).resolve().parent / "results/general"
@@ -128,7 +128,10 @@ def compact_tokenizer() -> Tokenizer:
 
 
 def sample_episodes():
-    """Episodes with every tile, action and ending, to check a tokenizer and to measure lengths."""
+    """Episodes with every tile, action and ending, to check a tokenizer and to measure lengths.
+
+    The agent stays on its tile: it takes each of the four actions once, and one more that ends it.
+    """
     for tile in range(MAX_TILES):
         for reward, truncated in ((1, False), (0, False), (0, True)):  # won, lost, truncated
             actions = np.array([0, 1, 2, 3, 0])
@@ -145,22 +148,27 @@ class TranscriptTokenizer:
 
     def __init__(self, tokenizer, vocab_size):
         self.tokenizer = tokenizer
+        self.choose_template(vocab_size)
+        samples = [self.segments(episode) for episode in sample_episodes()]
+        self.action_tokens = [step[0] for step in samples[0][1:5]]  # left, down, right, up
+        # Each sample is a start, a step by each of the four actions, and an ending.
+        lengths = [[len(segment) for segment in segments] for segments in samples]
+        starts, *steps, endings = zip(*lengths)
+        self.shortest_step = min(map(min, steps))
+        self.longest_step = max(map(max, steps))
+        self.longest_start = max(starts)
+        self.longest_ending = max(endings)
+
+    def choose_template(self, vocab_size):
         problem = f"has none of the tokens {', '.join(TEMPLATES)}"
         for token, template in TEMPLATES.items():
-            if problem and tokenizer.token_to_id(token) is not None:
+            if self.tokenizer.token_to_id(token) is not None:
                 self.template = template
                 self.cache = {}  # tokens by the text of a segment
                 problem = self.find_problem(vocab_size)
-        if problem:
-            raise ValueError(f"The tokenizer {problem}: take another model.")
-
-        samples = [self.segments(episode) for episode in sample_episodes()]
-        steps = [step for _, *steps, _ in samples for step in steps]
-        self.action_tokens = [step[0] for step in steps[:4]]  # in the actions' order
-        self.shortest_step = min(map(len, steps))
-        self.longest_step = max(map(len, steps))
-        self.longest_start = max(len(start) for start, *_ in samples)
-        self.longest_ending = max(len(ending) for *_, ending in samples)
+                if problem is None:
+                    return
+        raise ValueError(f"The tokenizer {problem}: take another model.")
 
     def find_problem(self, vocab_size):
         """Why the template does not fit, or None.
@@ -169,10 +177,10 @@ class TranscriptTokenizer:
         """
         text = "".join(map(self.text, sample_episodes()))
         tokens = list(chain(*map(self.encode, sample_episodes())))
-        first_tokens = {step[0] for step in self.segments(next(sample_episodes()))[1:]}
+        _, *steps, _ = self.segments(next(sample_episodes()))
         if max(tokens) >= vocab_size:
             return f"has tokens beyond the {vocab_size} that the network has an embedding of"
-        if len(first_tokens) < len(ACTIONS):
+        if len({step[0] for step in steps}) < len(ACTIONS):
             return "makes two action words begin with the same token"
         if self.tokenizer.encode(text, add_special_tokens=False).ids != tokens:
             return "joins neighbouring segments of a transcript"
@@ -262,6 +270,7 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
         tokens       13  up  9  right
         positions     0      2              Q is read at the token before an action
         discounts   0.9    0.0              0 where the episode ends
+        mask       True   True              with length 2: False, as Q at position 2 is unknown
     """
     tokens = []
     positions, actions, rewards, discounts = [], [], [], []
@@ -278,8 +287,8 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
             # it: no action follows in this episode, so there is no Q to bootstrap from.
             discounts[-1] = 0.0
 
-    # An action position counts in the loss if its target can be computed. Only the last position in
-    # the slice can lack a target: unless its episode ends, the next position lies beyond the slice.
+    # An action position counts in the loss if its target can be computed. Only the slice's last
+    # position can lack one: its target needs Q at the next position, unless the episode ends.
     n = sum(position < length for position in positions)
     mask = [True] * n
     mask[-1] = discounts[n - 1] == 0.0
@@ -331,6 +340,7 @@ class QNetwork(nn.Module):
 def td_targets(q_online: Tensor, q_target: Tensor, rewards: Tensor, discounts: Tensor) -> Tensor:
     """Equations 4 and 6: y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))
 
+    This is Double DQN: theta chooses the next action, and phi values it.
     q_online, q_target (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient.
     Position t + 1 follows t, so one pass of each network gives the values of all. Where a target
     needs a value beyond the last position it is wrong, and masked in the loss.
@@ -358,7 +368,7 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-MAX_PADDING = 32  # tokens; see InContext.read_transcripts
+MAX_PADDING = 32  # tokens; a row with more of them to read is read alone
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -385,8 +395,12 @@ class InContext:
     In episode e the action is greedy with probability `schedule(e)`, else random. If a
     transcript outgrows `run.recipe.context` tokens, its oldest episodes are dropped.
 
+    In every step, `act` appends the starts of new episodes to the transcripts, lets the network
+    read what is pending, and chooses actions; `observe` appends what they led to.
+
     Trials share one KV cache (see llama.KVCache for rows of different lengths). Finished trials
-    lose their rows in it, so that row r holds the transcript of trial `self.trial_of[r]`.
+    lose their rows in it, so that row r holds the transcript of trial `self.trial_of[r]`. All other
+    attributes have an entry per trial.
     """
 
     def __init__(self, run, N, rng, schedule=greedy_probability, given=None):
@@ -437,8 +451,7 @@ class InContext:
             step = Transition(*(field[trial] for field in transition))
             self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
-        # When an episode ends the next one starts. After the last one of a trial this start is
-        # dropped with the trial, or used by another rollout (eval.watch).
+        # `act` will start the next episode, unless this was the trial's last one.
         self.starting = (transition.terminated | transition.truncated) & transition.active
 
     def _start_episode(self, trial, tokens):
@@ -517,7 +530,7 @@ def play(
     rng = np.random.default_rng(seed)
     one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_PADDING)
     row_bytes = 4 * one_row.keys.nbytes  # keys, values, and as much again for copies
-    max_rows = max(1, free_memory(one_row.keys.device) // row_bytes)
+    max_rows = max(1, memory_budget(one_row.keys.device) // row_bytes)
     trials = []
     for start in range(0, len(lakes), max_rows):
         part = slice(start, start + max_rows)
@@ -561,7 +574,7 @@ class Recipe:
     layers: int = flag(2, "layers of a new network")
     width: int = flag(64, "model dimension of a new network")
     heads: int = flag(2, "attention heads of a new network")
-    # The data. They come in collections, for each of which Q-learning plays on new lakes.
+    # The data are made in rounds, called collections: each time Q-learning plays on new lakes.
     lakes: int = flag(256, "lakes in a collection")
     episodes: int = flag(100, "episodes of Q-learning on each lake")
     collection_steps: int = flag(192, "optimizer steps on each collection")
@@ -579,9 +592,12 @@ class Recipe:
     easy_until: float = flag(0.4, "fraction of the training after which no lake is easy")
     final_from: float = flag(0.6, "fraction of the training after which the final phase begins")
     final_tokens: int = flag(
-        1024, "tokens in a slice of the final phase, and of context at play; 0: same as --tokens"
+        1024,
+        "tokens in a slice of the final phase and in the context at test time; 0: same as --tokens",
     )
-    far_goals: float = flag(0.3, "fraction of lakes of maximal size with far goals (final phase)")
+    far_goals: float = flag(
+        0.3, "fraction of lakes with far goals, all of maximal size (final phase)"
+    )
     on_policy: float = flag(0.5, "fraction of sets that are on-policy trials (final phase)")
     # The optimisation.
     steps: int = flag(8400, "optimizer steps")
@@ -607,7 +623,7 @@ class Recipe:
 
     @property
     def context(self):
-        """The most tokens of a transcript that are read at play: as many as the longest slices."""
+        """The most tokens of a transcript that are read at test time: as many as in a slice."""
         return self.final_tokens or self.tokens
 
     def __post_init__(self):
@@ -679,7 +695,7 @@ def read_recipe(folder) -> Recipe | None:
 
 
 def load_run(folder: str | Path, device="cpu", context=None) -> Run:
-    """The run in a folder; `context` replaces the number of tokens that are read at play.
+    """The run in a folder; `context` replaces the number of tokens that are read when playing.
 
     ValueError if there is no run, or one that cannot be used.
     """

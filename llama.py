@@ -7,8 +7,8 @@ the official names, and its arithmetic is transformers'. There are two departure
 at the hidden states, because we need the logits of four action words only, not of 128,256 tokens.
 And it takes IA3's vectors (ia3.py) as an argument.
 
-Shapes: B batch, T tokens, S slots of the cache, U used slots (rounded up), L layers, D model,
-H heads, K key/value heads, hd head size, I feed-forward.
+Shapes: B batch, T tokens, S slots of the cache, U used slots (on a GPU rounded up), L layers,
+D model, H heads, K key/value heads, hd head size, I feed-forward.
 """
 
 import json
@@ -71,7 +71,7 @@ class LlamaConfig:
     def from_dict(cls, config):
         """From the contents of a config.json; ValueError for what `Llama` does not implement."""
         config = {key: value for key, value in config.items() if value is not None}  # no nulls
-        # As in transformers, rope_scaling comes first. Either may hold rope_theta, too.
+        # As in transformers, rope_scaling comes before rope_parameters; both may hold rope_theta.
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         settings = config | rope
         for key, required in REQUIRED.items():
@@ -110,7 +110,7 @@ def rope_frequencies(config, device=None):
     """Angles, in radians per token, by which each pair of dimensions is rotated, (hd / 2,).
 
     Rotary position embedding is by Su et al. 2021. Llama 3.1 keeps the frequencies
-    with many turns within the original context, divides by `factor` those with hardly any, and
+    with many rotations within the original context, divides by `factor` those with hardly any, and
     blends linearly in between.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
@@ -118,8 +118,8 @@ def rope_frequencies(config, device=None):
     if config.rope_scaling is None:
         return frequencies
     factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_SCALING)
-    turns = context * frequencies / (2 * math.pi)  # within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = context * frequencies / (2 * math.pi)  # within the original context
+    keep = ((rotations - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / factor
 
 
@@ -138,8 +138,8 @@ class KVCache:
 
     The token at position p of a row lies in its slot p.
 
-    Rows advance at their own pace. A chunk (B, T) may be padded at the right; whoever feeds it must
-    then add each row's number of real tokens to `lengths`. Padding takes slots, too, but no real
+    Rows advance at their own pace. A chunk (B, T) may be padded at the right; the caller
+    then adds each row's number of real tokens to `lengths`. Padding takes slots, too, but no real
     token attends to it, and the row's next tokens overwrite it.
 
     `lengths` are on the CPU, so that reading them does not wait for a GPU.
@@ -156,7 +156,7 @@ class KVCache:
 
     def __getitem__(self, rows):
         """Some rows. A list of rows gives a copy; a slice gives a view, which shares its memory."""
-        part = object.__new__(KVCache)
+        part = object.__new__(KVCache)  # without __init__, which would make a new cache
         part.keys = self.keys[:, rows]
         part.values = self.values[:, rows]
         part.lengths = self.lengths[rows]
@@ -245,7 +245,8 @@ def attend_to_cache(q, k, v, mask):
     become queries of that head: (B, K, H / K * T, hd).
     """
     groups = q.shape[1] // k.shape[1]
-    # For each key/value head first all tokens of one group, then all of the next, like the mask.
+    # For each key/value head: all tokens of its first query head, then all of its second one, and
+    # so on. The mask is the same for each query head, so it is repeated as often.
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, hd)
     y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
     return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
@@ -469,8 +470,8 @@ def device_argument(name):
     return name
 
 
-def free_memory(device):
-    """Bytes to plan with.
+def memory_budget(device):
+    """How many bytes this process may take.
 
     On a GPU, 85 % of all its memory, minus what this process uses already, so that the same run has
     the same micro batches every time. If less than that is free now, it is what is free, and a line

@@ -37,7 +37,7 @@ from icrl import InContext, QNetwork, Recipe, Run, TranscriptTokenizer, atomic_w
 from icrl import check_context, collate, compact_tokenizer, encode_slice, greedy_probability
 from icrl import load_run, play, polyak_update, read_recipe, sample_set, save_json, save_network
 from icrl import td_loss, td_targets
-from llama import DEVICE, DTYPES, Llama, LlamaConfig, device_argument, free_memory, load_config
+from llama import DEVICE, DTYPES, Llama, LlamaConfig, device_argument, memory_budget, load_config
 from llama import load_llama, load_tokenizer, user_errors
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of processes
@@ -81,8 +81,8 @@ STEP_TOKEN_FRACTION = 0.8  # of a slice's tokens; starts and endings of episodes
 def collect(run, number):
     """Yield the batches of one collection.
 
-    They depend on the recipe, the number, the process and the network as it is now. So a run that
-    is resumed where a collection begins gets the same batches again.
+    They depend on the recipe, on the collection's number, on the process, and on the network as it
+    is now. So a run that is resumed where a collection begins gets the same batches again.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK])
@@ -114,10 +114,12 @@ def collect(run, number):
     sets = endless_sets()
     length = recipe.tokens
     if final_phase:
-        length = recipe.context  # slices are as long as the transcripts at play
+        length = recipe.context  # slices are as long as the transcripts when playing
     for _ in range(recipe.collection_steps):
-        slices = range(slices_per_process(recipe, length))
-        yield collate([encode_slice(run.tokenizer, sets, length, recipe.gamma) for _ in slices])
+        slices = []
+        for _ in range(slices_per_process(recipe, length)):
+            slices.append(encode_slice(run.tokenizer, sets, length, recipe.gamma))
+        yield collate(slices)
 
 
 def slices_per_process(recipe, length):
@@ -133,16 +135,16 @@ def batches(run, step):
         yield from collect(run, number)
 
 
-def new_lakes(recipe, count, progress, rng):
-    """The environment of `count` lakes at a fraction of the training; no lake is a test lake."""
+def new_lakes(recipe, total, progress, rng):
+    """The environment of `total` lakes at a fraction of the training; no lake is a test lake."""
     final_phase = progress >= recipe.final_from
     easy, far = 0, 0
     if progress < recipe.easy_until:
-        easy = round(count * (1 - progress / recipe.easy_until))
+        easy = round(total * (1 - progress / recipe.easy_until))
     if final_phase:
-        far = round((count - easy) * recipe.far_goals)
+        far = round((total - easy) * recipe.far_goals)
     lakes = random_lakes(easy, rng, **EASY, test=False)
-    lakes += random_lakes(count - easy - far, rng, recipe.sides, recipe.goal_distance, test=False)
+    lakes += random_lakes(total - easy - far, rng, recipe.sides, recipe.goal_distance, test=False)
     if far:
         sides = (recipe.max_side, recipe.max_side)
         lakes += random_lakes(far, rng, sides, recipe.goal_distance + FAR_EXTRA_STEPS, test=False)
@@ -156,8 +158,8 @@ def on_policy_trials(run, number):
 
     Only there does it meet its own mistakes, such as walking in a loop to the step limit, and learn
     how little they are worth. On every second lake it plays with the exploration schedule, on the
-    others greedily. The episodes of a trial stay in order, as in the transcripts that it reads at
-    play.
+    others greedily. The episodes of a trial stay in order, since those that it plays on later lakes
+    will be in order, too.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK, 1])
@@ -199,21 +201,21 @@ def new_network(recipe, tokenizer):
 
 
 def activation_bytes(network, tokens):
-    """What autograd stores of a forward pass of `tokens`, as tests/test_benchmark.py counts it."""
+    """What is stored for the backward pass of `tokens`, as tests/test_benchmark.py counts it."""
     config = network.llama.config
     weights = network.llama.unembedding
     D = config.hidden_size
     KV = config.num_key_value_heads * config.head_dim
-    inner = config.intermediate_size
+    ffn = config.intermediate_size
     # Per token and layer, if all weights are trained:
     # 9 D = 2 inputs + 2 normalized inputs + 2 outputs of the norms, 1 queries, 2 attention's output
     # 2 KV = keys, values
-    # 4 inner = gate, silu(gate), up, product
-    per_layer = 9 * D + 2 * KV + 4 * inner
+    # 4 ffn = gate, silu(gate), up, product
+    per_layer = 9 * D + 2 * KV + 4 * ffn
     if network.adapter is not None:
         # 4 D = 2 inputs of the norms, 1 queries, 1 attention's output
         # 4 KV = keys and values before IA3, keys after RoPE, values after IA3
-        per_layer = 4 * D + 4 * KV + 4 * inner
+        per_layer = 4 * D + 4 * KV + 4 * ffn
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
             per_layer += 2 * D  # on a CPU the norms keep a float32 copy
     return tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
@@ -285,13 +287,14 @@ def train(run, args):
     step = load_state(run, target, optimizers)
     log = read_log(run, step)
     print_header(run)
-    micro_batch_size = plan_memory(run)
+    micro_batch_size, online.llama.recompute_layers = plan_memory(run)
     q_values = compile_q_values(run, micro_batch_size) if args.compile else plain_q_values
     # On-policy trials are played by the weights with which a collection begins. So a run with such
     # trials can only be resumed where a collection begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
 
+    # Batches are made one step ahead, see below.
     stream = islice(batches(run, step), recipe.steps - step)
     batch = next(stream, None)
     while batch is not None:
@@ -322,9 +325,9 @@ def train(run, args):
         polyak_update(online, target, recipe.alpha)
         step += 1
 
-        # Reading a number back waits for the GPU. So the CPU makes the next batch first, while the
-        # GPU is still busy with this step. If that begins a collection, on-policy trials are played
-        # here, by the same weights that are saved below.
+        # The next batch. It is made before any number is read back from the GPU, so that the GPU is
+        # busy with this step meanwhile. If a collection begins, the network plays its on-policy
+        # trials here, by the weights that the checkpoint below saves.
         batch = next(stream, None)
         norm = norm.item()
         if not math.isfinite(norm):
@@ -370,19 +373,19 @@ def print_header(run):
 
 
 def plan_memory(run):
-    """Set `recompute_layers` if not even one slice fits; returns the slices of a micro batch."""
+    """The slices of a micro batch; whether layers are recomputed, as not even one slice fits."""
     recipe = run.recipe
     longest = max(recipe.tokens, recipe.context)  # shorter slices need less
     inner = run.network.llama.config.intermediate_size
     # While a layer is computed, about three float32 copies of its feed-forward activation.
     temporaries = 3 * longest * inner * torch.float32.itemsize
     needed = activation_bytes(run.network, longest) + temporaries
-    fits = free_memory(run.network.action_tokens.device) // needed
-    run.network.llama.recompute_layers = fits == 0
-    # As few passes as possible, over micro batches of equal size. An upper bound for both phases:
-    # as if the batches with the most slices also had the longest ones.
-    passes = math.ceil(slices_per_process(recipe, recipe.tokens) / max(1, fits))
-    return math.ceil(slices_per_process(recipe, recipe.tokens) / passes)
+    fits = memory_budget(run.network.action_tokens.device) // needed
+    # As few passes as possible, over micro batches of equal size. To be safe, the batches with the
+    # most slices count as if they also had the longest ones.
+    slices = slices_per_process(recipe, recipe.tokens)
+    passes = math.ceil(slices / max(1, fits))
+    return math.ceil(slices / passes), fits == 0
 
 
 def logged_means(batch, q, targets, loss):

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ia3 import IA3
-from llama import KVCache, Llama, LlamaConfig, attend_to_cache, free_memory, load_llama
+from llama import KVCache, Llama, LlamaConfig, attend_to_cache, memory_budget, load_llama
 from llama import load_tokenizer, rope_frequencies
 
 ROOT = Path(__file__).parent.parent
@@ -343,9 +343,9 @@ def test_half_of_the_memory_is_half_of_the_container(file, content, total, tmp_p
     cpu = torch.device("cpu")
     monkeypatch.setattr("builtins.open", opened)
     monkeypatch.setattr("io.open", opened)
-    assert free_memory(cpu) == pytest.approx(total / 2, rel=0.01)
+    assert memory_budget(cpu) == pytest.approx(total / 2, rel=0.01)
     monkeypatch.delattr(os, "sysconf")  # as on Windows
-    assert free_memory(cpu) > 0
+    assert memory_budget(cpu) > 0
 
 
 @pytest.mark.parametrize(("key", "value", "words"), REFUSED)

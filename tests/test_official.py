@@ -103,10 +103,10 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
     state["optimizers"] = [o.state_dict() for o in train.make_optimizers(recipe, ours)]
     torch.save(state, tmp_path / "state.pt")
     monkeypatch.setattr(train, "collect", lambda *_: iter([batch]))
-    monkeypatch.setattr(train, "free_memory", lambda _: 10**9)
+    monkeypatch.setattr(train, "memory_budget", lambda _: 10**9)
     monkeypatch.setattr(train, "activation_bytes", lambda *_: needed)
     run = Run(tmp_path, recipe, ours, tokenizer)
-    assert train.plan_memory(run) == slices
+    assert train.plan_memory(run) == (slices, needed > 10**9)
     train.train(run, Namespace(compile=False, eval_every=9))
     assert ours.llama.recompute_layers == (needed > 10**9)
     row = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
