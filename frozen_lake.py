@@ -67,7 +67,7 @@ class Lake:
     def is_test(self):
         """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map.
 
-        So every process finds the same lakes. A world with `links` is none of them.
+        A map is on the same side in every run. A world with `links` is never held out.
         """
         chosen = zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
         return not self.links and (chosen or self.rows == NOTEBOOK_ROWS)
