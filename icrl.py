@@ -447,9 +447,10 @@ class InContext:
 
     def observe(self, transition):
         """Append a Transition, of fields (N,), to the transcripts."""
-        for trial in np.flatnonzero(transition.active):
-            step = Transition(*(field[trial] for field in transition))
-            self._append(trial, self.tokenizer.transition(step))
+        fields = [field.tolist() for field in transition]
+        for trial, step in enumerate(map(Transition, *fields)):
+            if step.active:
+                self._append(trial, self.tokenizer.transition(step))
         self.active = transition.active
         # `act` will start the next episode, unless this was the trial's last one.
         self.starting = (transition.terminated | transition.truncated) & transition.active
