@@ -279,8 +279,9 @@ def crossing_paths(lake, rng):
 
 
 def stitching(runs, out, trials, seed, skip):
-    """Figure 5: the notebook's lake, in five trials as in the notebook, and others, greedily.
+    """Figure 5, played greedily: the notebook's lake, and others.
 
+    As in the notebook, there are five trials on its lake; only those of the baselines differ.
     On the notebook's lake the winning path goes down the third column, from tile 2 to the goal at
     22; the losing one goes right from the start at tile 8 into the hole at 11. They cross at 10.
     """

@@ -24,7 +24,7 @@ DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAX_STEPS = 100  # gymnasium's step limit
 MAX_SIDE = 10  # tiles, of the widest and tallest lake
 MAX_TILES = MAX_SIDE**2
-SHUFFLED_IDS = 49  # shuffled tiles have ids from 0 to 48, of which small lakes alone use few
+SHUFFLED_IDS = 49  # shuffled ids are 0 to 48, so that small lakes train those of larger ones, too
 BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
 NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # figure 5
 
@@ -35,7 +35,7 @@ class Lake:
     """A map: rows of equal length over S (start), F (frozen), H (hole), G (goal).
 
     With `links` it is any other deterministic world of at most 100 tiles: links[tile][action] is
-    the tile that an action leads to. How the letters are cut into rows does not matter then.
+    the tile that an action leads to. How the letters are split into rows does not matter then.
     """
 
     rows: tuple[str, ...]
@@ -67,7 +67,7 @@ class Lake:
     def is_test(self):
         """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map.
 
-        A map is on the same side in every run. A world with `links` is never held out.
+        A map is in the same split in every run. A world with `links` is never held out.
         """
         chosen = zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
         return not self.links and (chosen or self.rows == NOTEBOOK_ROWS)
@@ -88,7 +88,8 @@ NOTEBOOK_LAKE = Lake(NOTEBOOK_ROWS)
 def distance_to_goal(moves, distance):
     """Fewest steps from each tile to a goal, (N, S); inf where no goal can be reached.
 
-    moves (N, S, A): the tile that each action leads to. distance (N, S): 0 at goals, else inf.
+    moves (N, S, A): the tile that each action leads to. distance (N, S): what is known at first,
+    say 0 at goals and inf elsewhere.
     """
     env_index = np.arange(len(moves))[:, None, None]
     while True:
@@ -124,9 +125,7 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
                 accepted.append(Lake(tuple(map("".join, grid))))
         shuffled = [accepted[i] for i in rng.permutation(len(accepted))]
         lakes += [lake for lake in shuffled if lake.is_test == test]
-    raise ValueError(
-        f"There are too few {wanted}: take nearer goals, or in a training --far-goals 0."
-    )
+    raise ValueError(f"There are too few {wanted}: take nearer goals, or train with --far-goals 0.")
 
 
 def random_tiles(moves, goal_distance, rng):
@@ -220,19 +219,19 @@ class FrozenLake:
     def __len__(self):
         return len(self.env_index)
 
-    def reset(self, which):
-        """Begin an episode at a random start on lakes `which`, bool (N,); all states (N,)."""
+    def reset(self, mask):
+        """Begin an episode at a random start where `mask` (N,) is True; returns all states (N,)."""
         # A random start on all lakes at once: draw a number from 1 to the count of starts, and find
         # the state at which the running count of starts reaches it.
-        starts = self.start[which]  # (n, S)
+        starts = self.start[mask]  # (n, S)
         number = 1 + (self.rng.random(len(starts)) * starts.sum(1)).astype(int)
         self.state = self.state.copy()  # the caller may still hold the old one
-        self.state[which] = (starts.cumsum(1) == number[:, None]).argmax(1)
-        self.steps[which] = 0
+        self.state[mask] = (starts.cumsum(1) == number[:, None]).argmax(1)
+        self.steps[mask] = 0
         return self.state
 
     def step(self, actions):
-        """Take actions (N,); states int, rewards float32, terminated bool, truncated bool, (N,)."""
+        """Take actions (N,); returns states, rewards float32, terminated, truncated, all (N,)."""
         previous = self.state
         direction = self.action_map[self.env_index, actions]
         if self.slippery.any():
@@ -406,7 +405,7 @@ class ValueIteration:
 
 
 class Explorer:
-    """Remembers every transition, and walks the shortest known way to a goal or an untried action.
+    """Remembers every transition, and takes the shortest known path to a goal or an untried action.
 
     A known goal comes first. If what it remembers cannot be true any more, it forgets everything:
     the lake was replaced (figure 7). That is so if neither a goal nor an untried action is in

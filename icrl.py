@@ -4,7 +4,7 @@
 
 The *transcript* tau is a text: all that an agent has seen and done so far, over many episodes on
 one lake. Such a series of episodes is a *trial*. A network that learns to predict Q(tau, a), for
-many lakes, from what good and bad agents did there, has to work out from tau which lake this is. So
+many lakes, from good and bad episodes there, has to work out from tau which lake this is. So
 the longer tau grows, the better it plays.
 
 For training, 20 to 40 episodes of a lake form a *set*. They are shuffled; otherwise an episode's
@@ -102,7 +102,7 @@ CHAT_ML = chat_template(
     message_end="<|im_end|>\n",
     end="<|endoftext|>",
 )
-LLAMA_2 = chat_template(  # its only special tokens, as in "action</s>left</s>"
+LLAMA_2 = chat_template(  # "</s>" separates everything, for lack of other special tokens
     begin="<s>", header_start="", header_end="</s>", message_end="</s>", end="</s>"
 )
 COMPACT = Template(  # of the small network: "13 up 9 right 10 "
@@ -122,7 +122,7 @@ def compact_tokenizer() -> Tokenizer:
     """The small network's vocabulary of 107 tokens: one for each action, tile id and marker."""
     words = [*ACTIONS, "1.0", "...", "<|end_of_text|>", *map(str, range(MAX_TILES))]
     vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # required, unused
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="..."))  # unused, but required
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
@@ -130,7 +130,7 @@ def compact_tokenizer() -> Tokenizer:
 def sample_episodes():
     """Episodes with every tile, action and ending, to check a tokenizer and to measure lengths.
 
-    The agent stays on its tile: it takes each of the four actions once, and one more that ends it.
+    The agent stays on its tile. It takes each of the four actions once, then one that ends it.
     """
     for tile in range(MAX_TILES):
         for reward, truncated in ((1, False), (0, False), (0, True)):  # won, lost, truncated
@@ -150,21 +150,20 @@ class TranscriptTokenizer:
         self.tokenizer = tokenizer
         self.choose_template(vocab_size)
         samples = [self.segments(episode) for episode in sample_episodes()]
-        self.action_tokens = [step[0] for step in samples[0][1:5]]  # left, down, right, up
-        # Each sample is a start, a step by each of the four actions, and an ending.
-        lengths = [[len(segment) for segment in segments] for segments in samples]
-        starts, *steps, endings = zip(*lengths)
-        self.shortest_step = min(map(min, steps))
-        self.longest_step = max(map(max, steps))
-        self.longest_start = max(starts)
-        self.longest_ending = max(endings)
+        starts, left, down, right, up, endings = zip(*samples)
+        self.action_tokens = [steps[0][0] for steps in (left, down, right, up)]
+        step_lengths = list(map(len, left + down + right + up))
+        self.shortest_step = min(step_lengths)
+        self.longest_step = max(step_lengths)
+        self.longest_start = max(map(len, starts))
+        self.longest_ending = max(map(len, endings))
 
     def choose_template(self, vocab_size):
         problem = f"has none of the tokens {', '.join(TEMPLATES)}"
         for token, template in TEMPLATES.items():
             if self.tokenizer.token_to_id(token) is not None:
                 self.template = template
-                self.cache = {}  # tokens by the text of a segment
+                self.cache = {}  # the tokens of a segment by its text
                 problem = self.find_problem(vocab_size)
                 if problem is None:
                     return
@@ -186,12 +185,12 @@ class TranscriptTokenizer:
             return "joins neighbouring segments of a transcript"
         return None
 
-    def tokens(self, segment):
-        """The token ids of a segment's text."""
-        if segment not in self.cache:
-            encoding = self.tokenizer.encode(segment, add_special_tokens=False)
-            self.cache[segment] = encoding.ids
-        return self.cache[segment]
+    def tokens(self, text):
+        """The token ids of a segment."""
+        if text not in self.cache:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            self.cache[text] = encoding.ids
+        return self.cache[text]
 
     def start(self, tile):
         """The tokens that open an episode."""
@@ -270,7 +269,10 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
         tokens       13  up  9  right
         positions     0      2              Q is read at the token before an action
         discounts   0.9    0.0              0 where the episode ends
-        mask       True   True              with length 2: False, as Q at position 2 is unknown
+        mask       True   True              True where the target can be computed
+
+    With length 2, the slice is "13 up". The target at position 0 needs Q at position 2, which is
+    not in that slice, so the mask is False.
     """
     tokens = []
     positions, actions, rewards, discounts = [], [], [], []
@@ -287,8 +289,8 @@ def encode_slice(tokenizer, sets, length, gamma) -> Batch:
             # it: no action follows in this episode, so there is no Q to bootstrap from.
             discounts[-1] = 0.0
 
-    # An action position counts in the loss if its target can be computed. Only the slice's last
-    # position can lack one: its target needs Q at the next position, unless the episode ends.
+    # Only the last position can lack a target: unless its episode ends, this target needs Q at the
+    # next position, which is beyond the slice.
     n = sum(position < length for position in positions)
     mask = [True] * n
     mask[-1] = discounts[n - 1] == 0.0
@@ -368,7 +370,7 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-MAX_PADDING = 32  # tokens; a row with more of them to read is read alone
+MAX_CHUNK = 32  # tokens; a row with more pending tokens is read alone
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -398,9 +400,9 @@ class InContext:
     In every step, `act` appends the starts of new episodes to the transcripts, lets the network
     read what is pending, and chooses actions; `observe` appends what they led to.
 
-    Trials share one KV cache (see llama.KVCache for rows of different lengths). Finished trials
-    lose their rows in it, so that row r holds the transcript of trial `self.trial_of[r]`. All other
-    attributes have an entry per trial.
+    Trials share one KV cache (see llama.KVCache for rows of different lengths). Row r of it holds
+    the transcript of trial `self.trial_of[r]`: [0, 1, 2, 3] at first, and [1, 3] after trials 0 and
+    2 have finished and their rows were dropped. All other attributes have an entry per trial.
     """
 
     def __init__(self, run, N, rng, schedule=greedy_probability, given=None):
@@ -417,7 +419,7 @@ class InContext:
         self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the current states
         self.trial_of = np.arange(N)  # (rows,)
         # More slots than tokens, because padding takes slots, too.
-        self.cache = KVCache(run.network.llama, N, self.context + MAX_PADDING)
+        self.cache = KVCache(run.network.llama, N, self.context + MAX_CHUNK)
         for trial, episodes in enumerate(given or []):
             for episode in episodes:
                 self._start_episode(trial, self.tokenizer.encode(episode))
@@ -440,7 +442,7 @@ class InContext:
         # them are read alone first, so that all others are not padded to their length.
         for row in range(len(self.trial_of)):
             self._drop_oldest_episodes(row)
-            if len(self.pending[self.trial_of[row]]) > MAX_PADDING:
+            if len(self.pending[self.trial_of[row]]) > MAX_CHUNK:
                 self._read(slice(row, row + 1))
         self._read(slice(None))
         return self.q
@@ -529,7 +531,7 @@ def play(
     Plays as many trials together as fit in memory.
     """
     rng = np.random.default_rng(seed)
-    one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_PADDING)
+    one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_CHUNK)
     row_bytes = 4 * one_row.keys.nbytes  # keys, values, and as much again for copies
     max_rows = max(1, memory_budget(one_row.keys.device) // row_bytes)
     trials = []
@@ -704,7 +706,7 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
     recipe = read_recipe(folder)
     if recipe is None:
         raise ValueError(f"{folder} is not a run of train.py: it has no recipe.json.")
-    recipe = replace(recipe, final_tokens=context or recipe.final_tokens)  # and so its context
+    recipe = replace(recipe, final_tokens=context or recipe.final_tokens)  # see Recipe.context
     dtype = DTYPES[recipe.dtype]
     if recipe.model:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)
@@ -712,8 +714,8 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
         adapter = IA3(llama.config).to(device)
         adapter.from_peft(load_tensors(folder / "adapter_model.safetensors"))
     else:
-        # Products of matrices in a file's unaligned memory are rounded differently. With a copy, a
-        # resumed run has the very same numbers as one that was never stopped.
+        # The loaded weights are memory-mapped, perhaps at addresses at which matrix products are
+        # rounded differently. With a copy, a resumed run repeats an uninterrupted one.
         llama = copy.deepcopy(load_llama(folder, dtype, device))
         adapter = None
     tokenizer = TranscriptTokenizer(load_tokenizer(folder), llama.config.vocab_size)

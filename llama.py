@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Kernels that take a mask; cuDNN's is left out, since it makes a new plan for each shape.
+# Kernels that take a mask; cuDNN's is left out, since it recompiles for each new shape.
 MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # On a GPU the used part of a cache grows in such steps, to limit the number of different shapes.
 SLOTS_MULTIPLE = 128
@@ -71,9 +71,8 @@ class LlamaConfig:
     def from_dict(cls, config):
         """From the contents of a config.json; ValueError for what `Llama` does not implement."""
         config = {key: value for key, value in config.items() if value is not None}  # no nulls
-        # As in transformers, rope_scaling comes before rope_parameters; both may hold rope_theta.
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        settings = config | rope
+        settings = config | rope  # RoPE's base may be in either
         for key, required in REQUIRED.items():
             if key in settings and settings[key] != required:
                 raise ValueError(f"{key} {settings[key]!r} is not implemented")
@@ -88,14 +87,7 @@ class LlamaConfig:
             raise ValueError(f"no Llama has these sizes: {sizes}")
 
         config["rope_theta"] = float(settings.get("rope_theta", 10_000))
-        config["rope_scaling"] = None
-        rope_types = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
-        if rope_types == {"llama3"} and rope.keys() >= set(LLAMA3_SCALING):
-            config["rope_scaling"] = {"rope_type": "llama3"}
-            config["rope_scaling"] |= {key: rope[key] for key in LLAMA3_SCALING}
-        elif rope_types:
-            raise ValueError(f"RoPE scaling {rope} is not implemented, or is incomplete")
-
+        config["rope_scaling"] = llama3_scaling(rope)
         config.setdefault("dtype", config.get("torch_dtype"))
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
@@ -106,6 +98,16 @@ class LlamaConfig:
 
 
 # ---- rotary position embedding
+def llama3_scaling(rope):
+    """Llama 3's scaling from a config's RoPE settings; None if there is none."""
+    types = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+    if not types:
+        return None
+    if types != {"llama3"} or not rope.keys() >= set(LLAMA3_SCALING):
+        raise ValueError(f"RoPE scaling {rope} is not implemented, or is incomplete")
+    return {"rope_type": "llama3"} | {key: rope[key] for key in LLAMA3_SCALING}
+
+
 def rope_frequencies(config, device=None):
     """Angles, in radians per token, by which each pair of dimensions is rotated, (hd / 2,).
 
@@ -245,8 +247,8 @@ def attend_to_cache(q, k, v, mask):
     become queries of that head: (B, K, H / K * T, hd).
     """
     groups = q.shape[1] // k.shape[1]
-    # For each key/value head: all tokens of its first query head, then all of its second one, and
-    # so on. The mask is the same for each query head, so it is repeated as often.
+    # For example, with 4 heads, 2 key/value heads and 3 tokens, the 6 queries of key/value head 0
+    # are the 3 tokens of head 0, then those of head 1. So the mask of 3 tokens is taken twice.
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, hd)
     y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
     return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
@@ -473,9 +475,10 @@ def device_argument(name):
 def memory_budget(device):
     """How many bytes this process may take.
 
-    On a GPU, 85 % of all its memory, minus what this process uses already, so that the same run has
-    the same micro batches every time. If less than that is free now, it is what is free, and a line
-    says so. Without a GPU, half of the memory of the machine or, if it is less, of its container.
+    On a GPU, 85 % of all its memory, minus what this process uses already. It does not depend on
+    what other processes use, so the same run has the same micro batches every time. If even less
+    is free, it is what is free, with a warning. Without a GPU, half of the memory of the machine
+    or, if it is less, of its container.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -81,8 +81,9 @@ STEP_TOKEN_FRACTION = 0.8  # of a slice's tokens; starts and endings of episodes
 def collect(run, number):
     """Yield the batches of one collection.
 
-    They depend on the recipe, on the collection's number, on the process, and on the network as it
-    is now. So a run that is resumed where a collection begins gets the same batches again.
+    They depend on the recipe, on the collection's number, on the process and, in the final phase,
+    on the network: it plays when the first of these batches is asked for, just before a checkpoint.
+    So a run that is resumed at that checkpoint gets the same batches again.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK])
@@ -289,8 +290,8 @@ def train(run, args):
     print_header(run)
     micro_batch_size, online.llama.recompute_layers = plan_memory(run)
     q_values = compile_q_values(run, micro_batch_size) if args.compile else plain_q_values
-    # On-policy trials are played by the weights with which a collection begins. So a run with such
-    # trials can only be resumed where a collection begins.
+    # On-policy trials are played when a collection begins (see `collect`), so a run that has them
+    # can only be resumed there.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
 
@@ -326,8 +327,7 @@ def train(run, args):
         step += 1
 
         # The next batch. It is made before any number is read back from the GPU, so that the GPU is
-        # busy with this step meanwhile. If a collection begins, the network plays its on-policy
-        # trials here, by the weights that the checkpoint below saves.
+        # busy with this step meanwhile.
         batch = next(stream, None)
         norm = norm.item()
         if not math.isfinite(norm):
@@ -376,13 +376,13 @@ def plan_memory(run):
     """The slices of a micro batch; whether layers are recomputed, as not even one slice fits."""
     recipe = run.recipe
     longest = max(recipe.tokens, recipe.context)  # shorter slices need less
-    inner = run.network.llama.config.intermediate_size
+    ffn = run.network.llama.config.intermediate_size
     # While a layer is computed, about three float32 copies of its feed-forward activation.
-    temporaries = 3 * longest * inner * torch.float32.itemsize
+    temporaries = 3 * longest * ffn * torch.float32.itemsize
     needed = activation_bytes(run.network, longest) + temporaries
     fits = memory_budget(run.network.action_tokens.device) // needed
-    # As few passes as possible, over micro batches of equal size. To be safe, the batches with the
-    # most slices count as if they also had the longest ones.
+    # As few passes as possible, over micro batches of equal size. To be safe: as many slices as in
+    # the first phase, each as long as in the final one.
     slices = slices_per_process(recipe, recipe.tokens)
     passes = math.ceil(slices / max(1, fits))
     return math.ceil(slices / passes), fits == 0
