@@ -97,8 +97,8 @@ def play_baselines(run, stages, seed, episodes=30, **env_options):
     for name, make_agent in agents.items():
         rng = np.random.default_rng(seed)
         envs = [make_env(lakes, rng, run.recipe.max_steps, **env_options) for lakes in stages]
-        # The agent keeps what it knows from stage to stage. Its tables have a row per state, so
-        # those for the largest lakes serve all stages.
+        # The same agent plays all stages, and keeps what it knows. Of its environment it uses only
+        # the shape, so one with the tables for the largest lakes serves all stages.
         largest = max(envs, key=lambda env: env.moves.size)
         agent = make_agent(largest, rng)
         trials = [[] for _ in stages[0]]
@@ -281,7 +281,8 @@ def crossing_paths(lake, rng):
 def stitching(runs, out, trials, seed, skip):
     """Figure 5, played greedily: the notebook's lake, and others.
 
-    As in the notebook, there are five trials on its lake; only those of the baselines differ.
+    As in the notebook, its lake is played five times. The network's five trials are the same, since
+    greedy play is deterministic.
     On the notebook's lake the winning path goes down the third column, from tile 2 to the goal at
     22; the losing one goes right from the start at tile 8 into the hole at 11. They cross at 10.
     """

@@ -24,7 +24,9 @@ DIRECTIONS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAX_STEPS = 100  # gymnasium's step limit
 MAX_SIDE = 10  # tiles, of the widest and tallest lake
 MAX_TILES = MAX_SIDE**2
-SHUFFLED_IDS = 49  # shuffled ids are 0 to 48, so that small lakes train those of larger ones, too
+# Shuffled tiles have ids from 0 to 48, as on a lake of 7 x 7 tiles. So a network that trains on
+# small lakes learns the ids of larger ones, too.
+SHUFFLED_IDS = 49
 BLOCK_TILES = 16384  # random maps are drawn in blocks of about this many tiles, which is fast
 NOTEBOOK_ROWS = ("HHFF", "FFFF", "SFFH", "HFFF", "HFFF", "HFGF")  # figure 5
 
@@ -67,7 +69,7 @@ class Lake:
     def is_test(self):
         """Whether it is held out for tests: figure 5's, and one in ten by a hash of the map.
 
-        A map is in the same split in every run. A world with `links` is never held out.
+        The split is deterministic. A world with `links` is never held out.
         """
         chosen = zlib.crc32("\n".join(self.rows).encode()) % 10 == 0
         return not self.links and (chosen or self.rows == NOTEBOOK_ROWS)
@@ -349,7 +351,7 @@ class TabularQ:
 
     In episode e it acts greedily with probability `greedy_probability(e)`, (N,), else at random.
     Update: Q(s, a) += learning_rate * (r + gamma * max Q(s', .) - Q(s, a)), without the max at a
-    hole or a goal. Unlike the network's loss, it bootstraps at the step limit, where Q(s') exists.
+    hole or a goal. Unlike the network's loss (icrl.encode_slice), it bootstraps at the step limit.
     """
 
     def __init__(self, env, rng, greedy_probability, gamma=0.9, learning_rate=0.5):
@@ -427,15 +429,14 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        # Known holes lead only to themselves, so nothing is in reach from them either.
-        nothing_in_reach = np.isinf(here)
-        on_known_goal = here == 0
-        changed = nothing_in_reach | on_known_goal
-        self.leads_to[changed] = self.unknown
-        self.goal[changed] = False
+        # It stands on what was a goal, or nothing is in reach, as on what was a hole.
+        replaced = (here == 0) | np.isinf(here)
+        self.leads_to[replaced] = self.unknown
+        self.goal[replaced] = False
+        # Choose the action whose next state is nearest. After forgetting, all are equally good.
         next_states = self.leads_to[self.env_index, state]  # (N, A)
         onward = distance[self.env_index[:, None], next_states]
-        onward[changed] = 0.0  # there all actions are equally good
+        onward[replaced] = 0.0
         tie_break = 1e-9 * self.rng.random(onward.shape)
         return np.argmin(onward + tie_break, axis=1)
 

@@ -8,7 +8,7 @@ many lakes, from good and bad episodes there, has to work out from tau which lak
 the longer tau grows, the better it plays.
 
 For training, 20 to 40 episodes of a lake form a *set*. They are shuffled; otherwise an episode's
-place in the set would predict its return on every lake. In the final phase of the training a trial
+place in the set would predict its return on every lake. In the final phase of training a trial
 that the network has played itself is a set, too. Sets of different lakes, one after the other, fill
 *slices* of T tokens.
 
@@ -149,6 +149,7 @@ class TranscriptTokenizer:
     def __init__(self, tokenizer, vocab_size):
         self.tokenizer = tokenizer
         self.choose_template(vocab_size)
+        # Each sample consists of a start, a step by each action, and an ending.
         samples = [self.segments(episode) for episode in sample_episodes()]
         starts, left, down, right, up, endings = zip(*samples)
         self.action_tokens = [steps[0][0] for steps in (left, down, right, up)]
@@ -343,9 +344,10 @@ def td_targets(q_online: Tensor, q_target: Tensor, rewards: Tensor, discounts: T
     """Equations 4 and 6: y = r_{t+1} + gamma * Q_phi(tau_{t+1}, argmax_a Q_theta(tau_{t+1}, a))
 
     This is Double DQN: theta chooses the next action, and phi values it.
+
     q_online, q_target (B, N, A); rewards, discounts (B, N); returns (B, N), without a gradient.
-    Position t + 1 follows t, so one pass of each network gives the values of all. Where a target
-    needs a value beyond the last position it is wrong, and masked in the loss.
+    Column t + 1 is the next action position, so one pass of each network gives all values. Where a
+    target needs a value beyond the last position it is wrong, and masked in the loss.
     """
     best = q_online.argmax(-1, keepdim=True)  # chosen by theta ...
     value = q_target.gather(-1, best).squeeze(-1)  # ... valued by phi (B, N)
@@ -370,7 +372,7 @@ def polyak_update(online, target, alpha):
 
 
 # ---- playing in context
-MAX_CHUNK = 32  # tokens; a row with more pending tokens is read alone
+MAX_PADDING = 32  # tokens; rows that have more to read are read alone, without padding
 KEEP_FRACTION = 0.75  # a full context drops its oldest episodes until this much of it is left
 
 
@@ -419,7 +421,7 @@ class InContext:
         self.q = np.zeros((N, len(ACTIONS)), np.float32)  # (N, A) in the current states
         self.trial_of = np.arange(N)  # (rows,)
         # More slots than tokens, because padding takes slots, too.
-        self.cache = KVCache(run.network.llama, N, self.context + MAX_CHUNK)
+        self.cache = KVCache(run.network.llama, N, self.context + MAX_PADDING)
         for trial, episodes in enumerate(given or []):
             for episode in episodes:
                 self._start_episode(trial, self.tokenizer.encode(episode))
@@ -442,7 +444,7 @@ class InContext:
         # them are read alone first, so that all others are not padded to their length.
         for row in range(len(self.trial_of)):
             self._drop_oldest_episodes(row)
-            if len(self.pending[self.trial_of[row]]) > MAX_CHUNK:
+            if len(self.pending[self.trial_of[row]]) > MAX_PADDING:
                 self._read(slice(row, row + 1))
         self._read(slice(None))
         return self.q
@@ -531,7 +533,7 @@ def play(
     Plays as many trials together as fit in memory.
     """
     rng = np.random.default_rng(seed)
-    one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_CHUNK)
+    one_row = KVCache(run.network.llama, 1, run.recipe.context + MAX_PADDING)
     row_bytes = 4 * one_row.keys.nbytes  # keys, values, and as much again for copies
     max_rows = max(1, memory_budget(one_row.keys.device) // row_bytes)
     trials = []
@@ -573,7 +575,7 @@ class Recipe:
 
     model: str = flag("", "base model that IA3 adapts: a folder or a Hub repository")
     revision: str = flag("", "branch, tag or commit of the Hub repository")
-    dtype: str = flag("float32", "type of the base model's weights: " + ", ".join(DTYPES))
+    dtype: str = flag("float32", "dtype of the base model's weights: " + ", ".join(DTYPES))
     layers: int = flag(2, "layers of a new network")
     width: int = flag(64, "model dimension of a new network")
     heads: int = flag(2, "attention heads of a new network")
@@ -606,7 +608,7 @@ class Recipe:
     steps: int = flag(8400, "optimizer steps")
     tokens: int = flag(512, "tokens in a slice")
     batch: int = flag(
-        4, "slices in a batch; fewer if they are longer, for the same number of tokens"
+        4, "slices in a batch; in the final phase fewer, for the same number of tokens"
     )
     gamma: float = flag(0.9, "discount factor")
     reward_scale: float = flag(1.0, "factor of the rewards; 30 suits an official Llama's logits")
@@ -706,7 +708,8 @@ def load_run(folder: str | Path, device="cpu", context=None) -> Run:
     recipe = read_recipe(folder)
     if recipe is None:
         raise ValueError(f"{folder} is not a run of train.py: it has no recipe.json.")
-    recipe = replace(recipe, final_tokens=context or recipe.final_tokens)  # see Recipe.context
+    # `Recipe.context`, the number of tokens that are read when playing, follows final_tokens.
+    recipe = replace(recipe, final_tokens=context or recipe.final_tokens)
     dtype = DTYPES[recipe.dtype]
     if recipe.model:
         llama = load_llama(recipe.model, dtype, device, recipe.revision)

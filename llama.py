@@ -3,9 +3,9 @@
     python llama.py CHECKPOINT "prompt"    completes the prompt greedily
 
 Section 3 of the paper takes Llama 3.1 8B Instruct as it is, and so does this file: its modules have
-the official names, and its arithmetic is transformers'. There are two departures. `forward` stops
-at the hidden states, because we need the logits of four action words only, not of 128,256 tokens.
-And it takes IA3's vectors (ia3.py) as an argument.
+the official names, and it computes what transformers does. There are two departures. `forward`
+stops at the hidden states, because we need the logits of four action words only, not of 128,256
+tokens. And it takes IA3's vectors (ia3.py) as an argument.
 
 Shapes: B batch, T tokens, S slots of the cache, U used slots (on a GPU rounded up), L layers,
 D model, H heads, K key/value heads, hd head size, I feed-forward.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Kernels that take a mask; cuDNN's is left out, since it recompiles for each new shape.
 MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# On a GPU the used part of a cache grows in such steps, to limit the number of different shapes.
+# On a GPU the used part of a cache grows by this many slots, to limit the number of shapes.
 SLOTS_MULTIPLE = 128
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 REQUIRED = {  # the only values of these settings that are implemented, where they are set at all
@@ -166,9 +166,10 @@ class KVCache:
 
     def append(self, layer, slots, keys, values, used):
         """Store (B, K, T, hd) in `slots` (B, T); return the first `used` slots, (B, K, U, hd)."""
-        # Two index tensors with a slice between them: PyTorch puts their dimensions, (B, T), first.
+        # With the index tensors `row` and `slots`, PyTorch puts their dimensions (B, T) first:
+        # keys[layer][row, :, slots] is (B, T, K, hd).
         row = torch.arange(len(slots), device=slots.device)[:, None]  # (B, 1)
-        self.keys[layer][row, :, slots] = keys.transpose(1, 2)  # (B, T, K, hd)
+        self.keys[layer][row, :, slots] = keys.transpose(1, 2)
         self.values[layer][row, :, slots] = values.transpose(1, 2)
         return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
@@ -243,15 +244,16 @@ class Attention(nn.Module):
 def attend_to_cache(q, k, v, mask):
     """Attention of queries (B, H, T, hd) to keys and values (B, K, U, hd) by mask (B, 1, T, U).
 
-    Few GPU kernels take both a mask and grouped heads. So all queries that share a key/value head
-    become queries of that head: (B, K, H / K * T, hd).
+    Few GPU kernels take both a mask and grouped heads. So the queries of all R = H / K heads that
+    share a key/value head become queries of one head.
     """
-    groups = q.shape[1] // k.shape[1]
-    # For example, with 4 heads, 2 key/value heads and 3 tokens, the 6 queries of key/value head 0
-    # are the 3 tokens of head 0, then those of head 1. So the mask of 3 tokens is taken twice.
-    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * T, hd)
-    y = F.scaled_dot_product_attention(q, k, v, mask.repeat(1, 1, groups, 1))
-    return y.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, H, T, hd)
+    B, H, T, hd = q.shape
+    K = k.shape[1]
+    R = H // K
+    q = q.reshape(B, K, R * T, hd)  # the T tokens of one head, then those of the next
+    mask = mask.repeat(1, 1, R, 1)  # (B, 1, R * T, U)
+    y = F.scaled_dot_product_attention(q, k, v, mask)  # (B, K, R * T, hd)
+    return y.reshape(B, H, T, hd)
 
 
 class MLP(nn.Module):
@@ -355,7 +357,7 @@ def fetch(source: str | Path, *patterns, revision="") -> Path:
     try:
         return Path(snapshot_download(source, revision=revision or None, allow_patterns=patterns))
     except errors.GatedRepoError as error:
-        reason = "is gated: ask for access on its Hub page, then `hf auth login`."
+        reason = "is gated: request access on its Hub page, then `hf auth login`."
         raise ValueError(f"{source} {reason}") from error
     except errors.LocalEntryNotFoundError as error:
         reason = "is not in the Hub's cache: go online, or name a folder."

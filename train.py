@@ -59,8 +59,8 @@ PAPER = Recipe(
     far_goals=0.0,
     on_policy=0.0,
     lakes=250,
-    episodes=1500,  # 375,000 in all, about as many as 955 batches of 10 slices hold
-    collection_steps=955,  # one collection for the whole training
+    episodes=1500,  # 375,000 episodes in all, about as many as 955 batches of 10 slices hold
+    collection_steps=955,  # one collection for the whole training, so no final phase
     steps=955,
     tokens=4096,
     batch=10,
@@ -82,8 +82,7 @@ def collect(run, number):
     """Yield the batches of one collection.
 
     They depend on the recipe, on the collection's number, on the process and, in the final phase,
-    on the network: it plays when the first of these batches is asked for, just before a checkpoint.
-    So a run that is resumed at that checkpoint gets the same batches again.
+    on the network, which plays when `train` asks for the first of them.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK])
@@ -92,8 +91,8 @@ def collect(run, number):
 
     # Q-learning plays each lake of this collection, at first randomly, then mostly greedily.
     def schedule(episode):
-        random = episode < RANDOM_FRACTION * recipe.episodes
-        return np.where(random, 0.0, GREEDY_PROBABILITY)
+        is_random = episode < RANDOM_FRACTION * recipe.episodes
+        return np.where(is_random, 0.0, GREEDY_PROBABILITY)
 
     env = new_lakes(recipe, recipe.lakes, progress, rng)
     episodes = rollout(env, TabularQ(env, rng, schedule), recipe.episodes)  # [lake][episode]
@@ -157,10 +156,10 @@ def new_lakes(recipe, total, progress, rng):
 def on_policy_trials(run, number):
     """Trials that the network plays on new lakes, each about as long as a slice, in random order.
 
-    Only there does it meet its own mistakes, such as walking in a loop to the step limit, and learn
-    how little they are worth. On every second lake it plays with the exploration schedule, on the
-    others greedily. The episodes of a trial stay in order, since those that it plays on later lakes
-    will be in order, too.
+    Only in such trials does it meet its own mistakes, like walking in a loop to the step limit, and
+    learn that their value is low. On every second lake it plays with the exploration schedule, on
+    the others greedily. The episodes of a trial stay in order, which is the order of later play.
+    That of Q-learning is another one, so its sets are shuffled.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK, 1])
@@ -169,6 +168,7 @@ def on_policy_trials(run, number):
     def schedule(episode):
         return np.where(env.env_index % 2, greedy_probability(episode), 1.0)
 
+    # As many steps as fill about one slice.
     steps = int(STEP_TOKEN_FRACTION * recipe.context / run.tokenizer.longest_step)
     agent = InContext(run, len(env), rng, schedule)
     trials = rollout(env, agent, episodes=math.inf, step_limit=steps)
@@ -199,27 +199,6 @@ def new_network(recipe, tokenizer):
             std = 0.02 / math.sqrt(2 * recipe.layers) if residual else 0.02
             nn.init.normal_(weight, std=std, generator=generator)
     return QNetwork(llama, tokenizer.action_tokens)
-
-
-def activation_bytes(network, tokens):
-    """What is stored for the backward pass of `tokens`, as tests/test_benchmark.py counts it."""
-    config = network.llama.config
-    weights = network.llama.unembedding
-    D = config.hidden_size
-    KV = config.num_key_value_heads * config.head_dim
-    ffn = config.intermediate_size
-    # Per token and layer, if all weights are trained:
-    # 9 D = 2 inputs + 2 normalized inputs + 2 outputs of the norms, 1 queries, 2 attention's output
-    # 2 KV = keys, values
-    # 4 ffn = gate, silu(gate), up, product
-    per_layer = 9 * D + 2 * KV + 4 * ffn
-    if network.adapter is not None:
-        # 4 D = 2 inputs of the norms, 1 queries, 1 attention's output
-        # 4 KV = keys and values before IA3, keys after RoPE, values after IA3
-        per_layer = 4 * D + 4 * KV + 4 * ffn
-        if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
-            per_layer += 2 * D  # on a CPU the norms keep a float32 copy
-    return tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
 
 
 # ---- the optimizers
@@ -290,8 +269,7 @@ def train(run, args):
     print_header(run)
     micro_batch_size, online.llama.recompute_layers = plan_memory(run)
     q_values = compile_q_values(run, micro_batch_size) if args.compile else plain_q_values
-    # On-policy trials are played when a collection begins (see `collect`), so a run that has them
-    # can only be resumed there.
+    # On-policy trials are played once per collection, so such runs are resumed where one begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
 
@@ -327,7 +305,8 @@ def train(run, args):
         step += 1
 
         # The next batch. It is made before any number is read back from the GPU, so that the GPU is
-        # busy with this step meanwhile.
+        # busy with this step meanwhile. Where a collection begins, the network now plays on-policy
+        # trials. The checkpoint below has the same weights, so a resumed run repeats these trials.
         batch = next(stream, None)
         norm = norm.item()
         if not math.isfinite(norm):
@@ -372,6 +351,27 @@ def print_header(run):
         print(*lines, sep="\n", file=sys.stderr)
 
 
+def activation_bytes(network, tokens):
+    """What is stored for the backward pass of `tokens`, as tests/test_benchmark.py counts it."""
+    config = network.llama.config
+    weights = network.llama.unembedding
+    D = config.hidden_size
+    KV = config.num_key_value_heads * config.head_dim
+    ffn = config.intermediate_size
+    # Per token and layer, if all weights are trained:
+    # 9 D = 2 inputs + 2 normalized inputs + 2 outputs of the norms, 1 queries, 2 attention's output
+    # 2 KV = keys, values
+    # 4 ffn = gate, silu(gate), up, product
+    per_layer = 9 * D + 2 * KV + 4 * ffn
+    if network.adapter is not None:
+        # 4 D = 2 inputs of the norms, 1 queries, 1 attention's output
+        # 4 KV = keys and values before IA3, keys after RoPE, values after IA3
+        per_layer = 4 * D + 4 * KV + 4 * ffn
+        if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
+            per_layer += 2 * D  # on a CPU the norms keep a float32 copy
+    return tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
+
+
 def plan_memory(run):
     """The slices of a micro batch; whether layers are recomputed, as not even one slice fits."""
     recipe = run.recipe
@@ -381,8 +381,8 @@ def plan_memory(run):
     temporaries = 3 * longest * ffn * torch.float32.itemsize
     needed = activation_bytes(run.network, longest) + temporaries
     fits = memory_budget(run.network.action_tokens.device) // needed
-    # As few passes as possible, over micro batches of equal size. To be safe: as many slices as in
-    # the first phase, each as long as in the final one.
+    # As few passes as possible, over micro batches of equal size. This is an upper bound for both
+    # phases: the number of slices of the first one, the length of the final one.
     slices = slices_per_process(recipe, recipe.tokens)
     passes = math.ceil(slices / max(1, fits))
     return math.ceil(slices / passes), fits == 0
@@ -406,8 +406,7 @@ def compile_q_values(run, micro_batch_size):
     """The same, compiled for each shape, once with a gradient and once without."""
     one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
-    # CUDA graphs reuse the memory of their outputs. The passes with and without a gradient have
-    # different graphs, but a second micro batch would overwrite the outputs of the first one.
+    # CUDA graphs ("reduce-overhead") write the results of each call into the same memory.
     mode = "reduce-overhead" if on_gpu and one_pass else None
     return torch.compile(plain_q_values, dynamic=False, mode=mode)
 

@@ -310,7 +310,7 @@ def test_every_agent_plays_a_lake_with_links():
 
 def test_no_more_trials_are_played_together_than_memory_holds(monkeypatch):
     run, lakes, rows = make_run(), [Lake(("SFG",))] * 5, []
-    cache = icrl.KVCache(run.network.llama, 1, run.recipe.context + icrl.MAX_CHUNK).keys.nbytes
+    cache = icrl.KVCache(run.network.llama, 1, run.recipe.context + icrl.MAX_PADDING).keys.nbytes
     monkeypatch.setattr(icrl, "memory_budget", lambda device: 2 * 4 * cache)
     monkeypatch.setattr(icrl, "InContext", lambda run, trials, *_: rows.append(trials))
     monkeypatch.setattr(icrl, "rollout", lambda env, *_, **__: [[]] * len(env))
