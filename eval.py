@@ -97,8 +97,8 @@ def play_baselines(run, stages, seed, episodes=30, **env_options):
     for name, make_agent in agents.items():
         rng = np.random.default_rng(seed)
         envs = [make_env(lakes, rng, run.recipe.max_steps, **env_options) for lakes in stages]
-        # The same agent plays all stages, and keeps what it knows. Of its environment it uses only
-        # the shape, so one with the tables for the largest lakes serves all stages.
+        # The same agent plays all stages, and keeps what it knows. It has a table with a row per
+        # state; one for the largest lakes serves all stages. (ValueIteration plays one stage only.)
         largest = max(envs, key=lambda env: env.moves.size)
         agent = make_agent(largest, rng)
         trials = [[] for _ in stages[0]]

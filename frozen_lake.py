@@ -315,9 +315,8 @@ def rollout(env, agent, episodes, step_limit=math.inf, first_episode=0):
         episode = episode + (done & active)
         bar.update((done & active).sum())
     bar.close()
-    # From a Transition per step to an array (N, steps) per field, and then to lakes.
-    columns = [np.stack(field, axis=1) for field in zip(*history)]
-    return [split_episodes(*steps) for steps in zip(*columns)]
+    fields = [np.stack(values, axis=1) for values in zip(*history)]  # each (N, steps)
+    return [split_episodes(*lake_fields) for lake_fields in zip(*fields)]  # each (steps,)
 
 
 def split_episodes(state, action, next_state, reward, terminated, truncated, active):
@@ -429,7 +428,8 @@ class Explorer:
         distance[:, self.unknown] = self.UNTRIED_COST
         distance = distance_to_goal(self.leads_to, distance)
         here = distance[self.env_index, state]
-        # It stands on what was a goal, or nothing is in reach, as on what was a hole.
+        # A lake was replaced if the agent stands on what was a goal, at distance 0, or if nothing
+        # is in reach, as on what was a hole.
         replaced = (here == 0) | np.isinf(here)
         self.leads_to[replaced] = self.unknown
         self.goal[replaced] = False

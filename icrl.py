@@ -8,7 +8,7 @@ many lakes, from good and bad episodes there, has to work out from tau which lak
 the longer tau grows, the better it plays.
 
 For training, 20 to 40 episodes of a lake form a *set*. They are shuffled; otherwise an episode's
-place in the set would predict its return on every lake. In the final phase of training a trial
+position in the set would predict its return on every lake. In the final phase of training a trial
 that the network has played itself is a set, too. Sets of different lakes, one after the other, fill
 *slices* of T tokens.
 
@@ -151,7 +151,7 @@ class TranscriptTokenizer:
         self.choose_template(vocab_size)
         # Each sample consists of a start, a step by each action, and an ending.
         samples = [self.segments(episode) for episode in sample_episodes()]
-        starts, left, down, right, up, endings = zip(*samples)
+        starts, left, down, right, up, endings = zip(*samples)  # each a tuple of token lists
         self.action_tokens = [steps[0][0] for steps in (left, down, right, up)]
         step_lengths = list(map(len, left + down + right + up))
         self.shortest_step = min(step_lengths)
@@ -546,17 +546,6 @@ def play(
 
 
 # ---- a run: its recipe and its files
-# The lowest and highest values of the settings below; all other numbers may be 0 to MAX_INT.
-FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
-FRACTIONS += "alpha gamma decay_from".split()
-COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
-COUNTS += "steps tokens batch warm_up".split()
-MAX_INT = 2**32 - 1
-BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
-BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
-CHOICES = {"dtype": DTYPES, "quality": QUALITY}
-
-
 def flag(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -647,6 +636,16 @@ class Recipe:
                 continue
             raise ValueError(f"--{f.name.replace('_', '-')} has to be {needed}, not {value!r}.")
 
+
+# The lowest and highest values of a recipe's settings; all other numbers may be 0 to MAX_INT.
+FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
+FRACTIONS += "alpha gamma decay_from".split()
+COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
+COUNTS += "steps tokens batch warm_up".split()
+MAX_INT = 2**32 - 1
+BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
+BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
+CHOICES = {"dtype": DTYPES, "quality": QUALITY}
 
 Run = namedtuple("Run", "folder recipe network tokenizer")
 

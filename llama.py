@@ -362,7 +362,7 @@ def fetch(source: str | Path, *patterns, revision="") -> Path:
     except errors.LocalEntryNotFoundError as error:
         reason = "is not in the Hub's cache: go online, or name a folder."
         raise ValueError(f"{source} {reason}") from error
-    except Exception as error:  # the Hub's library and its HTTP library have many kinds
+    except Exception as error:  # the Hub's library and its HTTP library raise many types
         words = re.split(r"\. |\n", str(error).strip())[0]
         reason = f"cannot be downloaded from the Hub: {type(error).__name__}, {words}"
         raise ValueError(f"{source} {reason}") from error
@@ -375,7 +375,7 @@ def naming_file(path):
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist.") from error
-    except Exception as error:  # each library that reads a file has errors of another kind
+    except Exception as error:  # each library that reads a file raises other types
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{path} cannot be used: {reason}") from error
 

@@ -136,7 +136,7 @@ def batches(run, step):
 
 
 def new_lakes(recipe, total, progress, rng):
-    """The environment of `total` lakes at a fraction of the training; no lake is a test lake."""
+    """The environment of `total` lakes at a `progress` of 0 to 1; no lake is a test lake."""
     final_phase = progress >= recipe.final_from
     easy, far = 0, 0
     if progress < recipe.easy_until:
@@ -158,8 +158,8 @@ def on_policy_trials(run, number):
 
     Only in such trials does it meet its own mistakes, like walking in a loop to the step limit, and
     learn that their value is low. On every second lake it plays with the exploration schedule, on
-    the others greedily. The episodes of a trial stay in order, which is the order of later play.
-    That of Q-learning is another one, so its sets are shuffled.
+    the others greedily. The episodes of a trial stay in order: on test lakes, too, its returns rise
+    from episode to episode. Those of Q-learning rise differently, so they are shuffled.
     """
     recipe = run.recipe
     rng = np.random.default_rng([recipe.seed, number, RANK, 1])
@@ -352,28 +352,23 @@ def print_header(run):
 
 
 def activation_bytes(network, tokens):
-    """What is stored for the backward pass of `tokens`, as tests/test_benchmark.py counts it."""
+    """Bytes stored for the backward pass of `tokens`; tests/test_benchmark.py counts them."""
     config = network.llama.config
     weights = network.llama.unembedding
     D = config.hidden_size
     KV = config.num_key_value_heads * config.head_dim
     ffn = config.intermediate_size
-    # Per token and layer, if all weights are trained:
-    # 9 D = 2 inputs + 2 normalized inputs + 2 outputs of the norms, 1 queries, 2 attention's output
-    # 2 KV = keys, values
-    # 4 ffn = gate, silu(gate), up, product
-    per_layer = 9 * D + 2 * KV + 4 * ffn
+    # Numbers per token and layer: what the backward pass of each operation needs.
+    per_layer = 9 * D + 2 * KV + 4 * ffn  # all weights are trained
     if network.adapter is not None:
-        # 4 D = 2 inputs of the norms, 1 queries, 1 attention's output
-        # 4 KV = keys and values before IA3, keys after RoPE, values after IA3
-        per_layer = 4 * D + 4 * KV + 4 * ffn
+        per_layer = 4 * D + 4 * KV + 4 * ffn  # frozen weights need less, IA3's vectors more
         if weights.dtype == torch.bfloat16 and weights.device.type == "cpu":
             per_layer += 2 * D  # on a CPU the norms keep a float32 copy
     return tokens * config.num_hidden_layers * per_layer * weights.dtype.itemsize
 
 
 def plan_memory(run):
-    """The slices of a micro batch; whether layers are recomputed, as not even one slice fits."""
+    """The slices of a micro batch; whether to recompute layers because not even one slice fits."""
     recipe = run.recipe
     longest = max(recipe.tokens, recipe.context)  # shorter slices need less
     ffn = run.network.llama.config.intermediate_size
@@ -381,8 +376,8 @@ def plan_memory(run):
     temporaries = 3 * longest * ffn * torch.float32.itemsize
     needed = activation_bytes(run.network, longest) + temporaries
     fits = memory_budget(run.network.action_tokens.device) // needed
-    # As few passes as possible, over micro batches of equal size. This is an upper bound for both
-    # phases: the number of slices of the first one, the length of the final one.
+    # As few passes as possible, over micro batches of equal size. This assumes the first phase's
+    # number of slices and the final phase's length, which is more than either phase needs.
     slices = slices_per_process(recipe, recipe.tokens)
     passes = math.ceil(slices / max(1, fits))
     return math.ceil(slices / passes), fits == 0
@@ -406,7 +401,8 @@ def compile_q_values(run, micro_batch_size):
     """The same, compiled for each shape, once with a gradient and once without."""
     one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
-    # CUDA graphs ("reduce-overhead") write the results of each call into the same memory.
+    # CUDA graphs ("reduce-overhead") save the time of launching kernels. That pays where kernels
+    # are small, so a batch is one pass.
     mode = "reduce-overhead" if on_gpu and one_pass else None
     return torch.compile(plain_q_values, dynamic=False, mode=mode)
 
@@ -444,7 +440,7 @@ def load_state(run, target, optimizers):
         message = f"{path} does not fit the run: is the file whole, and recipe.json as it was?"
         raise ValueError(message) from error
     if state["processes"] != WORLD_SIZE and RANK == 0:
-        message = f"{state['processes']} processes became {WORLD_SIZE}: the data will differ."
+        message = f"Saved by {state['processes']} processes, continued by {WORLD_SIZE}: other data."
         print(message, file=sys.stderr)
     return state["step"]
 
@@ -530,7 +526,7 @@ def create_run(recipe, out, device):
     else:
         network = new_network(recipe, tokenizer).to(device)
 
-    run = Run(claim_folder(out), recipe, network, tokenizer)
+    run = Run(make_run_folder(out), recipe, network, tokenizer)
     if RANK == 0:
         with atomic_write(run.folder / "tokenizer.json") as path:
             tokenizer.tokenizer.save(str(path))
@@ -555,7 +551,7 @@ def check_recipe(recipe, tokenizer):
     new_lakes(recipe, max(ON_POLICY_LAKES, recipe.lakes), 1.0, np.random.default_rng(0))
 
 
-def claim_folder(out):
+def make_run_folder(out):
     """Make the folder, or the first of runs/1, runs/2, ... that no other run has made."""
     if RANK > 0:
         return out or Path("runs")  # unused: the first process writes all files
