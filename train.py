@@ -401,8 +401,8 @@ def compile_q_values(run, micro_batch_size):
     """The same, compiled for each shape, once with a gradient and once without."""
     one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
-    # CUDA graphs ("reduce-overhead") save the time of launching kernels. That pays where kernels
-    # are small, so a batch is one pass.
+    # CUDA graphs ("reduce-overhead") save the time of launching kernels. That pays off where
+    # kernels are small, that is, where a batch fits into one pass.
     mode = "reduce-overhead" if on_gpu and one_pass else None
     return torch.compile(plain_q_values, dynamic=False, mode=mode)
 
