@@ -1,8 +1,7 @@
 """`python tests/memory.py`: the memory that training an adapter takes, as a table in Markdown.
 
-It downloads nothing: the checkpoints' shapes are below. The last columns follow train.py's rule for
-one slice. Activations are stored if they fit beside the weights. Else only the layers' inputs are,
-and the activations of one layer while its gradient is computed.
+It downloads nothing. The last columns follow train.py's rule for one slice: activations are stored
+if they fit beside the weights, else the layers' inputs and the activations of one layer at a time.
 """
 
 import sys

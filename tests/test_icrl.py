@@ -174,8 +174,7 @@ def test_a_slice_holds_the_tokens_of_legal_transitions(tokenizer):
 # 0 right 1 right 2 1.0 <|end_of_text|> 0 left 0 down 3 ... <|end_of_text|>
 @pytest.mark.parametrize(("length", "mask"), [(2, "0"), (3, "11"), (9, "110"), (10, "1111")])
 def test_rewards_discounts_and_mask_of_a_slice_by_hand(length, mask):
-    """An episode's last action has no next value. Nothing beyond the slice is in the loss. Zeros
-    pad the columns to a size that depends on the length only."""
+    """An episode's last action has no next value. Zeros pad to a size by length only."""
     batch, n = encode_slice(COMPACT, iter([[WON, CUT]]), length, gamma=0.9), len(mask)
     padding = [0] * (length // 2 + 1 - n)
     expected = [[0, 2, 7, 9], [2, 2, 0, 1], [0, 1, 0, 0], [0.9, 0, 0.9, 0]]

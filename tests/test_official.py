@@ -48,7 +48,6 @@ def save_checkpoint(folder, markers: str) -> TranscriptTokenizer:
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert len(list(folder.glob("*.safetensors"))) == 3
     return transcript_tokenizer(tokenizer)
 
 
