@@ -210,7 +210,6 @@ def save_picture(path, save, **options):
             save(temporary, **options)
     except Exception as error:
         raise ValueError(f"{path} cannot be drawn: {error!r}") from error
-    print(f"Written: {path}")
 
 
 def report(folder, experiment, title, played):
@@ -224,13 +223,14 @@ def report(folder, experiment, title, played):
             for episode, row in enumerate(zip(mean, *wilson(mean, len(values)))):
                 cells = [f"{value:.4f}" for value in row]
                 writer.writerow([experiment, name, episode, *cells, len(values)])
-    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}")
+    picture = f"Written: {folder / 'curve.png'}"
     try:
         plot(folder / "curve.png", title, returns)
     except ImportError:
-        print("(for a picture: pip install matplotlib)")
+        picture = "(for a picture: pip install matplotlib)"
     except ValueError as error:  # the curve itself is safe in the file
-        print(f"(no picture: {error})")
+        picture = f"(no picture: {error})"
+    print(f"\n{title}\n\n{table(played)}\n\nWritten: {folder / 'curve.csv'}\n{picture}")
 
 
 # ---- stitching
@@ -415,6 +415,7 @@ def policy_map(run, path, lake, seed):
         for axes, number in zip(panels.flat, (0, 1, 2, 5, 10, 29)):
             draw_episode(axes, run, env, lake, episodes, number)
         save_picture(path, figure.savefig, dpi=150)
+    print(f"Written: {path}")
 
 
 def main(arguments=None):
