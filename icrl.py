@@ -41,8 +41,8 @@ from torch.nn.utils.rnn import pad_sequence
 from frozen_lake import ACTIONS, MAX_SIDE, MAX_STEPS, MAX_TILES, Episode, RandomAgent, Transition
 from frozen_lake import draw, make_env, random_lakes, rollout
 from ia3 import IA3, PEFT_CONFIG
-from llama import DTYPES, MASKED_KERNELS, KVCache, memory_budget, load_llama, load_tensors
-from llama import load_tokenizer, naming_file, user_errors
+from llama import DTYPES, MASKED_KERNELS, KVCache, load_llama, load_tensors, load_tokenizer
+from llama import memory_budget, naming_file, user_errors
 
 PRETRAINED = Path(__file__).resolve().parent / "results/general"
 

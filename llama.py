@@ -89,6 +89,8 @@ class LlamaConfig:
         config["rope_theta"] = float(settings.get("rope_theta", 10_000))
         config["rope_scaling"] = llama3_scaling(rope)
         config.setdefault("dtype", config.get("torch_dtype"))
+        if config["dtype"] not in (None, *DTYPES):
+            raise ValueError(f"dtype {config['dtype']!r} is not implemented")
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_dict(self):

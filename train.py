@@ -37,8 +37,8 @@ from icrl import InContext, QNetwork, Recipe, Run, TranscriptTokenizer, atomic_w
 from icrl import check_context, collate, compact_tokenizer, encode_slice, greedy_probability
 from icrl import load_run, play, polyak_update, read_recipe, sample_set, save_json, save_network
 from icrl import td_loss, td_targets
-from llama import DEVICE, DTYPES, Llama, LlamaConfig, device_argument, memory_budget, load_config
-from llama import load_llama, load_tokenizer, user_errors
+from llama import DEVICE, DTYPES, Llama, LlamaConfig, device_argument, load_config, load_llama
+from llama import load_tokenizer, memory_budget, user_errors
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's number of processes
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # this one's number

@@ -33,13 +33,16 @@ def save(folder: Path, llama: Llama, adapter: IA3):
     save_network(Run(folder, recipe, QNetwork(llama, [], adapter), None))
 
 
-def test_llama_3_1_8b_has_524288_parameters_that_change_nothing_at_first(capsys):
+def test_llama_3_1_8b_has_524288_parameters(capsys):
     """The paper's number. All are trained, and all are ones at first. `python ia3.py` says so."""
     adapter = IA3(LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128))
     assert sum(v.numel() for v in adapter.parameters() if v.requires_grad) == 524_288
     assert all(torch.equal(v, torch.ones_like(v)) for v in adapter.parameters())
     runpy.run_path(str(Path(__file__).parents[1] / "ia3.py"), run_name="__main__")
     assert "524,288" in capsys.readouterr().out
+
+
+def test_ones_change_nothing():
     ours = random_twins()[1].bfloat16()
     assert torch.equal(ours(TOKENS), ours(TOKENS, IA3(ours.config)))
 
@@ -78,3 +81,15 @@ def test_vectors_of_another_model_or_method_are_refused():
     for tensors in [*wrong, peft.get_peft_model_state_dict(lora)]:
         with pytest.raises(ValueError, match="not those of this model: see "):
             adapter.from_peft(tensors)
+
+
+def test_a_save_that_fails_leaves_the_earlier_files(tmp_path, monkeypatch):
+    """A file has its name only when it is whole. What was written before a failure is deleted."""
+    _, ours, adapter = random_twins()
+    save(tmp_path, ours, adapter)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"adapter_config.json", ADAPTER}
+    monkeypatch.setattr(Path, "replace", None)  # fails when all is written, but not in place
+    with pytest.raises(TypeError, match="not callable"):
+        save(tmp_path, ours, IA3(ours.config))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ia3 import IA3
-from llama import KVCache, Llama, LlamaConfig, attend_to_cache, memory_budget, load_llama
-from llama import load_tokenizer, rope_frequencies
+from llama import KVCache, Llama, LlamaConfig, attend_to_cache, load_llama
+from llama import load_tokenizer, memory_budget, rope_frequencies
 
 ROOT = Path(__file__).parent.parent
 NAMES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()

@@ -2,6 +2,9 @@
 
 import re
 import shutil
+import subprocess
+import sys
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -9,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from test_icrl import MARKERS, make_tokenizer, transcript_tokenizer
+from test_icrl import ENVIRONMENT, MARKERS, make_tokenizer, transcript_tokenizer
 from test_train import contents
 
 import train
@@ -48,6 +51,7 @@ def save_checkpoint(folder, markers: str) -> TranscriptTokenizer:
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
     tokenizer.save(str(folder / "tokenizer.json"))
+    assert len(list(folder.glob("*.safetensors"))) == 3
     return transcript_tokenizer(tokenizer)
 
 
@@ -115,12 +119,16 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
         torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=0)
 
 
+def start(*flags) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, train.__file__, *map(str, flags)], env=ENVIRONMENT)
+
+
 @pytest.fixture(scope="module")
 def trained(official, tmp_path_factory):
     """The folder of an IA3 run of train.py on the checkpoint, whose files do not change."""
     base, folder = official[0], tmp_path_factory.mktemp("runs") / "ia3"
     before = contents(base)
-    train.main(["--model", str(base), *FLAGS, "--out", str(folder)])
+    assert start("--model", base, *FLAGS, "--out", folder).wait() == 0
     assert contents(base) == before
     return folder
 
@@ -134,6 +142,20 @@ def test_the_loss_falls_and_the_adapter_loads_in_peft(official, trained):
     theirs = transformers.LlamaForCausalLM.from_pretrained(base)
     q = q_of(peft.PeftModel.from_pretrained(theirs, trained), tokenizer, batch)
     torch.testing.assert_close(load_run(trained).network(*batch[:2]), q, atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_run_ends_with_the_same_adapter(official, trained, tmp_path):
+    """SIGKILL after the checkpoint at step 50, then --resume: all files are the same."""
+    folder = tmp_path / "ia3"
+    process = start("--model", official[0], *FLAGS, "--out", folder)
+    while not (folder / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len((folder / "log.csv").read_text().splitlines()) == 51
+    assert start("--resume", folder, "--trials", 2).wait() == 0
+    assert contents(folder) == contents(trained)
 
 
 def test_bfloat16_and_chatml_train_too(tmp_path, capsys):

@@ -252,7 +252,7 @@ def test_two_processes_average_their_gradients(tmp_path, monkeypatch, capsys):
     settings += ["--eval-every", 5, "--out", tmp_path / "run"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     output = python(*torchrun, ROOT / "train.py", *settings)
-    assert len(re.findall(r"step 5: mean return .* lakes [▁▂▃▄▅▆▇█]{30}", output)) == 1
+    assert len(re.findall(r"step 5: mean return .* lakes [▁▂▃▄▅▆▇█]{30}$", output, re.M)) == 1
     for agent in (*(f"run, {name}" for name in SCHEDULES), *BASELINES):
         assert output.count(f"\n{agent} ") == 1
     go(train, "--resume", tmp_path / "run", "--trials", 1)
