@@ -44,10 +44,16 @@ class Lake:
     links: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
-        letters = set("".join(self.rows))
-        if not {"S", "G"} <= letters <= set("SFHG") or len(set(map(len, self.rows))) != 1:
+        tiles = "".join(self.rows)
+        if not {"S", "G"} <= set(tiles) <= set("SFHG") or len(set(map(len, self.rows))) != 1:
             needed = "rows of equal length over S, F, H and G, with an S and a G"
             raise ValueError(f"{self.rows} is not a lake: it needs {needed}.")
+        size = len(tiles)
+        if size > MAX_TILES:
+            raise ValueError(f"A lake can have at most {MAX_TILES} tiles, not {size}.")
+        known = np.isin(self.links, range(size))  # (tiles, A) if there are links
+        if self.links and (known.shape != (size, len(ACTIONS)) or not known.all()):
+            raise ValueError(f"The links of {size} tiles are {size} rows of 4 tile numbers.")
 
     @property
     def width(self):
@@ -127,7 +133,9 @@ def random_lakes(count, rng, sides=(3, 5), goal_distance=4, *, test):
                 accepted.append(Lake(tuple(map("".join, grid))))
         shuffled = [accepted[i] for i in rng.permutation(len(accepted))]
         lakes += [lake for lake in shuffled if lake.is_test == test]
-    raise ValueError(f"There are too few {wanted}: take nearer goals, or train with --far-goals 0.")
+    raise ValueError(
+        f"There are too few {wanted}: take fewer lakes, nearer goals, or --far-goals 0."
+    )
 
 
 def random_tiles(moves, goal_distance, rng):

@@ -163,6 +163,11 @@ def test_an_impossible_map_size_or_distance_is_refused_in_a_sentence():
         said = re.escape(f"{rows} is not a lake: it needs rows of equal length over S, F, H and G")
         with pytest.raises(ValueError, match=rf"^{said}, [^.]+\.$"):
             Lake(rows)
+    for links in (((0,) * 4,), ((0,) * 5, (0,) * 5), ((0, 1, 2, 0),) * 2, ((0, 1, -1, 0),) * 2):
+        with pytest.raises(ValueError, match=r"^The links of 2 tiles are 2 rows of 4[^.]+\.$"):
+            Lake(("SG",), links)
+    with pytest.raises(ValueError, match=r"^[^.]* 100 tiles, not 101\.$"):
+        Lake(("S" * 100 + "G",))
     for *sides, distance in [(1, 3, 1), (3, 11, 4), (5, 3, 4), (3, 5, 0), (3, 5, 9), (2, 2, 3)]:
         wanted = f"lakes of {sides[0]} to {sides[1]} tiles a side, goals {distance} steps away"
         said = rf"^There are [^.]*{wanted}: [^.]+ nearer goals[^.]*\.$"
