@@ -45,18 +45,43 @@ def test_the_files_exist_and_the_page_is_short():
     assert len(README.splitlines()) <= 200
 
 
+def curves(run, experiment):
+    """Mean returns (agents, episodes) of a curve.csv: greedy, with the schedule, baselines."""
+    path = ROOT / "results" / run / experiment / "curve.csv"
+    episode, mean = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(2, 3), quotechar='"').T
+    return mean.reshape(-1, int(episode.max()) + 1)
+
+
 def test_figures_are_those_of_the_curves_that_they_link_to():
-    """In a link's text and the cells behind it: the last five of all episodes, or the first."""
-    pattern, quoted = r"\[([^]]*)\]\(results/([\w/-]+)/curve\.csv\)([^\[\n]*)", []
-    for text, folder, cells in re.findall(pattern, README):
-        path = ROOT / "results" / folder / "curve.csv"
-        episode, mean = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(2, 3), quotechar='"').T
-        ends = mean.reshape(-1, round(episode.max() + 1) // 5, 5).mean(2)[:, ::-6]  # by agent
-        known = np.append(ends, mean[episode == 0])
-        for figure in re.findall(r"\b[01]\.\d{3}\b", text + cells):
-            quoted.append(np.abs(known - float(figure)).min() < 0.00051)
-        assert all(quoted), f"{text} {cells} is not what {path} says"
-    assert len(quoted) > 5
+    """A link's text: the network's last five episodes, or its first; behind it two baselines."""
+    links = re.findall(r"\[([\d.]+)\]\(results/(\w+)/(\w+)/curve\.csv\)([^\[\n]*)", README)
+    assert len(links) > 10
+    for figure, run, experiment, rest in links:
+        greedy, scheduled, explorer, q_learning, *_ = curves(run, experiment)
+        network = scheduled if "with the schedule" in rest else greedy
+        mean = network[0] if "in the first episode" in rest else network[-5:].mean()
+        assert float(figure) == pytest.approx(mean, abs=0.00051), (run, experiment)
+        numbers = [float(number) for number in re.findall(r"\b[01]\.\d{3}\b", rest)]
+        expected = [q_learning[-5:].mean(), explorer[-5:].mean()] if numbers else []
+        assert numbers == pytest.approx(expected, abs=0.00051), experiment
+
+
+def test_the_table_of_experiments_in_results_is_that_of_the_curves():
+    rows = re.findall(r"^\| `(\w+)` \|((?: [01]\.\d{3} \|){6})$", RESULTS, re.M)
+    assert len(rows) == 6
+    for experiment, cells in rows:
+        plain, general = curves("plain", experiment), curves("general", experiment)
+        parts = [plain[0, -5:], general[0, -5:], general[3, -5:], general[2, -5:]]
+        expected = np.mean([*parts, general[0, :5], general[2, :5]], axis=1)
+        found = [float(cell) for cell in cells.split("|")[:-1]]
+        assert found == pytest.approx(expected, abs=0.00051), experiment
+    with open(ROOT / "results" / "cropped.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            means = [f"{float(row[name]):.3f}" for name in ("greedy_with", "greedy_without")]
+            lakes = f"{int(row['trials']):,}{' others' * (row['skip'] != '0')}"
+            assert f"| `{row['experiment']}` | {lakes} | {' | '.join(means)} |" in RESULTS
+    ice, optimal = curves("ice", "slippery")[[0, -1], -5:].mean(1)
+    assert f"ends at {ice:.3f} of an optimal {optimal:.3f}" in RESULTS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -83,28 +108,30 @@ def test_every_command_on_the_pages_runs(finished, tmp_path, monkeypatch, comman
         runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
-def test_every_mean_return_in_results_is_in_a_csv():
-    """Numbers of three decimals, from a curve, a run, or the mean of a setting's runs."""
-    known = set()
-    for path in (ROOT / "results").rglob("*.csv"):
+def test_the_rows_of_seeds_in_results_are_those_of_the_csv_files():
+    """Each cell of a row is "mean (low to high)" of a setting's seeds, or what one seed has."""
+    columns = "greedy_0_4 greedy_25_29 scheduled_25_29 solved larger_greedy_25_29".split()
+    seeds = defaultdict(list)
+    for path in (ROOT / "results").glob("*.csv"):
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        groups = defaultdict(list)
-        for row in rows:
-            if path.name == "curve.csv":
-                groups[row["agent"]].append(float(row["mean_return"]))
-                continue
-            for name in row.keys() - {"seed", "seconds", "curve"}:
-                if re.fullmatch(r"[01]\.\d+", row[name]):
-                    groups[row["setting"], name].append(float(row[name]))
-        for values in groups.values():
-            if path.name == "curve.csv":
-                known |= {np.mean(values[:5]), np.mean(values[-5:])}
-            else:
-                known |= {*values, np.mean(values)}
-    known = np.array(sorted(known))
-    for figure in re.findall(r"\b[01]\.\d{3}\b", RESULTS):
-        assert np.abs(known - float(figure)).min() < 0.00051, figure
+            for row in csv.DictReader(file) if path.name != "cropped.csv" else ():
+                seeds[row["setting"]].append([float(row[name] or 9) for name in columns])
+    settings = {}
+    for name, values in seeds.items():
+        settings[name] = np.transpose([np.mean(values, 0), np.min(values, 0), np.max(values, 0)])
+    mean = r"([01]\.\d{3})(?: \(([\d.]+) to ([\d.]+)\))? \|"
+    rows = [
+        line for line in RESULTS.splitlines() if re.match(r"\| [\w., ()-]+ \|.*\d \| *0\.", line)
+    ]
+    assert len(rows) > 20
+    for line in rows:
+        cells = np.array([(m, low or m, high or m) for m, low, high in re.findall(mean, line)])
+        apart = [
+            np.abs(cells.astype(float)[:, None] - known).max(2).min(1).max()
+            for name, known in settings.items()
+            if line.split("|")[1].strip() in name
+        ]
+        assert min(apart) < 0.00051, line
 
 
 def test_your_own_world_runs(capsys):
