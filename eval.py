@@ -62,8 +62,6 @@ os.environ["MPLBACKEND"] = "agg"  # draw into files, also where a notebook has s
 
 def unseen_lakes(count, sides, goal_distance, skip=0):
     """The first `count` test lakes after `skip` others; the same ones in every call."""
-    if count < 1 or skip < 0:
-        raise ValueError(f"No test lake has been asked for: {count} after {skip} others.")
     rng = np.random.default_rng(TEST_SEED)
     return random_lakes(skip + count, rng, sides, goal_distance, test=True)[skip:]
 
@@ -163,7 +161,8 @@ def table(played):
     count = len(trials[0])
     block = BLOCK if count <= 30 else 2 * BLOCK
     starts = range(0, count, block)
-    head = "".join(f"{f'{start}-{start + block - 1}':>7}" for start in starts)
+    ranges = (f"{start}-{min(start + block, count) - 1}" for start in starts)
+    head = "".join(f"{episodes:>7}" for episodes in ranges)
     width = max(map(len, [*played, "mean return in episodes"])) + 1
     title = "mean return in episodes".ljust(width) + f"0-{count - 1}".ljust(count)
     lines = [f"{title}{head}  solved  timeouts"]
@@ -428,7 +427,7 @@ def main(arguments=None):
     add("--lake", type=int, default=0, help="number of the test lake for policy_map and watch")
     add("--trials", type=int, default=200, help="lakes to play")
     add("--skip", type=int, default=0, help="number of test lakes to skip before those")
-    add("--context", type=int, help="context length in tokens (default: as in training)")
+    add("--context", type=int, default=0, help="context in tokens (0: as in training)")
     add("--device", type=device_argument, default=DEVICE, help="cpu, cuda, cuda:1, ...")
     add("--seed", type=int, default=0, help="seed of everything but the lakes")
     add("--out", type=Path, help="folder (default: RUN/EXPERIMENT, or RUN/EXPERIMENT-RUN2-...)")
@@ -440,7 +439,8 @@ def main(arguments=None):
         raise ValueError(f"There is no experiment {experiment!r}: choose from {', '.join(TITLES)}.")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed has to be in 0 to {2**32 - 1}, not {args.seed}.")
-
+    if args.trials < 1 or min(args.skip, args.lake, args.context) < 0:
+        raise ValueError("--trials has to be at least 1; --skip, --lake and --context at least 0.")
     if experiment in ("watch", "policy_map") and len(args.runs) > 1:
         raise ValueError(f"{experiment} shows one run: leave out {args.runs[1]}.")
 

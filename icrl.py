@@ -515,7 +515,7 @@ def check_context(tokenizer, context, max_steps):
     needed = math.ceil(tokenizer.longest_episode(max_steps) / KEEP_FRACTION)
     if needed > context:
         few = f"{context} tokens of context are too few for episodes of {max_steps} steps"
-        raise ValueError(f"{few}: ask for {needed}, or for fewer --max-steps.")
+        raise ValueError(f"{few}: take {needed}, or train with fewer --max-steps.")
 
 
 def play(
@@ -641,7 +641,7 @@ class Recipe:
 FRACTIONS = "easy_until final_from on_policy far_goals shuffled cropped slippery".split()
 FRACTIONS += "alpha gamma decay_from".split()
 COUNTS = "layers width heads lakes episodes collection_steps max_steps".split()
-COUNTS += "steps tokens batch warm_up".split()
+COUNTS += "goal_distance steps tokens batch warm_up".split()
 MAX_INT = 2**32 - 1
 BOUNDS = dict.fromkeys(FRACTIONS, (0, 1)) | dict.fromkeys(COUNTS, (1, MAX_INT))
 BOUNDS |= dict.fromkeys(["min_side", "max_side"], (2, MAX_SIDE))
@@ -685,21 +685,23 @@ def save_network(run):
 def read_recipe(folder) -> Recipe | None:
     """The recipe of a run of train.py; None for any other checkpoint."""
     path = folder / "recipe.json"
-    if not path.exists():
-        path = folder / "config.json"
+    if path.exists():
         with naming_file(path):
-            if "icrl" in json.loads(path.read_text()):  # where versions before 0.2.0 had the recipe
+            settings = json.loads(path.read_text())
+            if settings.keys() != {f.name for f in fields(Recipe)}:
+                raise ValueError("it is the recipe of another version: train it again")
+            return Recipe(**settings)
+
+    path = folder / "config.json"  # where versions before 0.2.0 had the recipe
+    if path.exists():
+        with naming_file(path):
+            if "icrl" in json.loads(path.read_text()):
                 raise ValueError("it is a run of an older version, before 0.2.0: train it again")
-        return None
-    with naming_file(path):
-        settings = json.loads(path.read_text())
-        if settings.keys() != {f.name for f in fields(Recipe)}:
-            raise ValueError("it is the recipe of another version: train it again")
-        return Recipe(**settings)
+    return None
 
 
-def load_run(folder: str | Path, device="cpu", context=None) -> Run:
-    """The run in a folder; `context` replaces the number of tokens that are read when playing.
+def load_run(folder: str | Path, device="cpu", context=0) -> Run:
+    """The run in a folder; a `context` replaces the number of tokens that are read when playing.
 
     ValueError if there is no run, or one that cannot be used.
     """

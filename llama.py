@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from argparse import ArgumentTypeError
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -472,7 +473,7 @@ def device_argument(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError from error
+        raise ArgumentTypeError(f"this machine has no device {name!r}") from error
     return name
 
 

@@ -264,11 +264,17 @@ def train(run, args):
     online = run.network
     target = online.target_copy()
     optimizers = make_optimizers(recipe, online)
-    step = load_state(run, target, optimizers)
+    step = 0
+    if args.resume:
+        step = load_state(run, target, optimizers)
+    elif RANK == 0:
+        save_state(run, target, optimizers, step)
     log = read_log(run, step)
     print_header(run)
     micro_batch_size, online.llama.recompute_layers = plan_memory(run)
-    q_values = compile_q_values(run, micro_batch_size) if args.compile else plain_q_values
+    q_values = QNetwork.forward
+    if args.compile:
+        q_values = compile_q_values(run, micro_batch_size)
     # On-policy trials are played once per collection, so such runs are resumed where one begins.
     checkpoint_every = recipe.collection_steps if recipe.on_policy else CHECKPOINT_STEPS
     bar = tqdm(total=recipe.steps, initial=step, disable=RANK > 0)
@@ -392,19 +398,14 @@ def logged_means(batch, q, targets, loss):
     return torch.stack((loss.detach(), mean_q, mean_target))
 
 
-def plain_q_values(network, tokens, positions):
-    """Q-values (B, N, A) by the online or the target network."""
-    return network(tokens, positions)
-
-
 def compile_q_values(run, micro_batch_size):
-    """The same, compiled for each shape, once with a gradient and once without."""
+    """QNetwork.forward, compiled for each shape, once with a gradient and once without."""
     one_pass = micro_batch_size >= slices_per_process(run.recipe, run.recipe.tokens)
     on_gpu = run.network.action_tokens.is_cuda
     # CUDA graphs ("reduce-overhead") save the time of launching kernels. That pays off where
     # kernels are small, that is, where a batch fits into one pass.
     mode = "reduce-overhead" if on_gpu and one_pass else None
-    return torch.compile(plain_q_values, dynamic=False, mode=mode)
+    return torch.compile(QNetwork.forward, dynamic=False, mode=mode)
 
 
 # ---- checkpoints
@@ -425,10 +426,10 @@ def save_state(run, target, optimizers, step):
 
 @torch.no_grad()
 def load_state(run, target, optimizers):
-    """Restore what `save_state` wrote, if there is such a file; returns the step."""
+    """Restore what `save_state` wrote; returns the step. ValueError if that is not possible."""
     path = run.folder / "state.pt"
     if not path.exists():
-        return 0
+        raise ValueError(f"{run.folder} cannot be continued: it has no state.pt.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, network in (("online", run.network), ("target", target)):
@@ -486,13 +487,11 @@ def recipe_from_args(args, flags):
 
     refuse(flags.keys() & {"layers", "width", "heads", "muon_rate"}, "is for a new network")
     folder = Path(args.model)
-    if not folder.is_dir():  # a repository of the Hub
-        return replace(PAPER, **flags)
-
-    refuse(flags.keys() & {"revision"}, f"is for the Hub, but {folder} is a folder")
-    flags["model"] = str(folder.resolve())
+    if folder.is_dir():
+        refuse(flags.keys() & {"revision"}, f"is for the Hub, but {folder} is a folder")
+        flags["model"] = str(folder.resolve())
     base = read_recipe(folder)
-    if base is None:  # a checkpoint from elsewhere
+    if base is None:  # a repository of the Hub, or a checkpoint from elsewhere
         return replace(PAPER, **flags)
     if base.model:
         raise ValueError(f"{folder} is itself an adapter: name its base.")
@@ -505,7 +504,7 @@ def refuse(names, reason):
         raise ValueError(f"--{min(names).replace('_', '-')} {reason}: leave it out.")
 
 
-def create_run(recipe, out, device):
+def create_run(recipe, out, device, trials):
     """A new run. Its folder is made last, when nothing can go wrong any more."""
     if out and RANK == 0 and any(out.glob("*")):
         raise ValueError(f"{out} is not empty: choose another --out, or --resume {out}.")
@@ -518,7 +517,7 @@ def create_run(recipe, out, device):
     else:
         compact = compact_tokenizer()
         tokenizer = TranscriptTokenizer(compact, compact.get_vocab_size())
-    check_recipe(recipe, tokenizer)
+    check_recipe(recipe, tokenizer, trials)
 
     if recipe.model:
         llama = load_llama(recipe.model, DTYPES[recipe.dtype], device, recipe.revision)
@@ -530,12 +529,12 @@ def create_run(recipe, out, device):
     if RANK == 0:
         with atomic_write(run.folder / "tokenizer.json") as path:
             tokenizer.tokenizer.save(str(path))
-        save_network(run)  # so that a run that is stopped at once can be resumed, too
+        save_network(run)
         save_json(run.folder / "recipe.json", asdict(recipe))
     return run
 
 
-def check_recipe(recipe, tokenizer):
+def check_recipe(recipe, tokenizer, trials):
     """ValueError for settings that do not go together."""
     for length in (recipe.tokens, recipe.context):
         slices = max(1, recipe.batch * recipe.tokens // length)
@@ -547,7 +546,7 @@ def check_recipe(recipe, tokenizer):
         raise ValueError(f"--tokens has to be at least {fewest}, not {recipe.tokens}.")
     check_context(tokenizer, recipe.context, recipe.max_steps)
     # These raise an error if there are too few such lakes, for tests or for the training.
-    unseen_lakes(1, recipe.sides, recipe.goal_distance)
+    unseen_lakes(max(EVAL_LAKES, trials), recipe.sides, recipe.goal_distance)
     new_lakes(recipe, max(ON_POLICY_LAKES, recipe.lakes), 1.0, np.random.default_rng(0))
 
 
@@ -579,7 +578,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("--out", type=Path, help="folder of the new run (default: runs/NUMBER)")
     add("--resume", type=Path, metavar="RUN", help="continue this run")
-    add("--device", type=device_argument, default=DEVICE, help="cpu, cuda, cuda:1, ...")
+    add("--device", type=device_argument, help="cpu, cuda, cuda:1, ...")
     add("--compile", action="store_true", help="compile the network: a minute first, then faster")
     add("--eval-every", type=int, default=1200, help="steps between evaluations")
     add("--trials", type=int, default=200, help="lakes to play at the end")
@@ -593,14 +592,14 @@ def main(arguments=None):
 
     flags = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     flags = {name: value for name, value in flags.items() if value is not None}
-    device = init_distributed(args.device)
+    device = init_distributed(args.device or DEVICE)
     if args.compile:
         check_compiler(device)
     if args.resume:
         refuse(flags.keys() | ({"out"} if args.out else set()), "is for new runs")
         run = load_run(args.resume, device)
     else:
-        run = create_run(recipe_from_args(args, flags), args.out, device)
+        run = create_run(recipe_from_args(args, flags), args.out, device, args.trials)
     if RANK == 0:
         for leftover in run.folder.glob("tmp.*"):  # of a process that was killed
             leftover.unlink()

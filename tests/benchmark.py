@@ -138,7 +138,7 @@ def our_step(which: str = "", compiled: bool = False, bare: bool = False, **reci
     if bare:
         hooks.register_optimizer_step_pre_hook(lambda *_: APART.append(-perf_counter()))
         hooks.register_optimizer_step_post_hook(lambda *_: APART.append(perf_counter()))
-    args = argparse.Namespace(compile=compiled, eval_every=10**9)
+    args = argparse.Namespace(resume=None, compile=compiled, eval_every=10**9)
     train.train(run._replace(recipe=recipe), args)
 
 

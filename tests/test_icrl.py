@@ -259,7 +259,7 @@ def test_playing_gives_the_q_values_of_a_full_forward_of_the_newest_episodes(tok
     lakes = [Lake(("SFG",)), Lake(("SFF", "FFF", "FFG")), Lake(("SFF", "FHF", "FFG"))]
     with pytest.raises(ValueError, match=r"^9 tokens of context are too few for") as error:
         icrl.play(make_run(tokenizer, final_tokens=9, max_steps=9), lakes, seed=0)
-    room, seen = int(re.search(r"ask for (\d+), or", str(error.value))[1]), []
+    room, seen = int(re.search(r"take (\d+), or", str(error.value))[1]), []
     run = make_run(tokenizer, adapter, final_tokens=room, max_steps=9)
     past = [[CUT] * 20, [WON], []]
 

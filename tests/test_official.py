@@ -2,9 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
-import time
 from argparse import Namespace
 
 import numpy as np
@@ -12,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from test_icrl import ENVIRONMENT, MARKERS, make_tokenizer, transcript_tokenizer
+from test_icrl import MARKERS, make_tokenizer, transcript_tokenizer
 from test_train import contents
 
 import train
@@ -107,7 +104,7 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
     monkeypatch.setattr(train, "activation_bytes", lambda *_: needed)
     run = Run(tmp_path, recipe, ours, tokenizer)
     assert train.plan_memory(run) == (slices, needed > 10**9)
-    train.train(run, Namespace(compile=False, eval_every=9))
+    train.train(run, Namespace(resume=tmp_path, compile=False, eval_every=9))
     assert ours.llama.recompute_layers == (needed > 10**9)
     row = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
     expected = [loss.item(), torch.stack(taken).mean().item(), targets.mean().item()]
@@ -119,16 +116,12 @@ def test_a_step_is_that_of_transformers_and_peft(official, tmp_path, monkeypatch
         torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=0)
 
 
-def start(*flags) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, train.__file__, *map(str, flags)], env=ENVIRONMENT)
-
-
 @pytest.fixture(scope="module")
 def trained(official, tmp_path_factory):
     """The folder of an IA3 run of train.py on the checkpoint, whose files do not change."""
     base, folder = official[0], tmp_path_factory.mktemp("runs") / "ia3"
     before = contents(base)
-    assert start("--model", base, *FLAGS, "--out", folder).wait() == 0
+    train.main(["--model", str(base), *FLAGS, "--out", str(folder)])
     assert contents(base) == before
     return folder
 
@@ -142,20 +135,6 @@ def test_the_loss_falls_and_the_adapter_loads_in_peft(official, trained):
     theirs = transformers.LlamaForCausalLM.from_pretrained(base)
     q = q_of(peft.PeftModel.from_pretrained(theirs, trained), tokenizer, batch)
     torch.testing.assert_close(load_run(trained).network(*batch[:2]), q, atol=1e-4, rtol=1e-4)
-
-
-def test_an_interrupted_run_ends_with_the_same_adapter(official, trained, tmp_path):
-    """SIGKILL after the checkpoint at step 50, then --resume: all files are the same."""
-    folder = tmp_path / "ia3"
-    process = start("--model", official[0], *FLAGS, "--out", folder)
-    while not (folder / "state.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert len((folder / "log.csv").read_text().splitlines()) == 51
-    assert start("--resume", folder, "--trials", 2).wait() == 0
-    assert contents(folder) == contents(trained)
 
 
 def test_bfloat16_and_chatml_train_too(tmp_path, capsys):

@@ -33,6 +33,7 @@ REFUSED = """revision: train.py --model EXTRA --revision x; older version: eval.
     older version: train.py --model OLD; float16: train.py --model HALF --dtype float16 --steps 9
     --tokens: train.py --model TALKS --tokens 64 --final-tokens 8192
     state.pt: train.py --resume RUN; state.pt: train.py --resume ADAMW
+    no state.pt: train.py --resume EXTRA; no recipe.json: train.py --resume nowhere
     state.pt: train.py --resume WIDE; token: llama.py EXTRA '<|im_end|>'
     prompt is empty: llama.py EXTRA ' '; tokenizer.json does not exist: llama.py PLAIN 1
     config.json does not exist: llama.py . 1; /no/such is not a folder: llama.py /no/such 1
@@ -94,6 +95,7 @@ def folders(finished, tmp_path_factory) -> dict[str, Path]:
     (tokenizer := icrl.compact_tokenizer()).add_tokens(["<|im_end|>"])
     tokenizer.save(str(made["EXTRA"] / "tokenizer.json"))
     (made["PLAIN"] / "tokenizer.json").unlink()
+    (made["EXTRA"] / "state.pt").unlink()
     with patch("test_icrl.WORDS", []):  # a token for each letter
         tokenizer = make_tokenizer(MARKERS["Llama 3"], actions=())
     sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 8192}
