@@ -38,6 +38,7 @@ class Lake:
 
     With `links` it is any other deterministic world of at most 100 tiles: links[tile][action] is
     the tile that an action leads to. How the letters are split into rows does not matter then.
+    ValueError for other rows or links.
     """
 
     rows: tuple[str, ...]
@@ -51,9 +52,11 @@ class Lake:
         size = len(tiles)
         if size > MAX_TILES:
             raise ValueError(f"A lake can have at most {MAX_TILES} tiles, not {size}.")
-        known = np.isin(self.links, range(size))  # (tiles, A) if there are links
-        if self.links and (known.shape != (size, len(ACTIONS)) or not known.all()):
-            raise ValueError(f"The links of {size} tiles are {size} rows of 4 tile numbers.")
+        if self.links:
+            known = np.isin(self.links, range(size))  # (tiles, A)
+            if known.shape != (size, len(ACTIONS)) or not known.all():
+                needed = f"{size} rows of {len(ACTIONS)} tile numbers, each below {size}"
+                raise ValueError(f"The links of this lake have to be {needed}.")
 
     @property
     def width(self):

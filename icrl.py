@@ -701,7 +701,7 @@ def read_recipe(folder) -> Recipe | None:
 
 
 def load_run(folder: str | Path, device="cpu", context=0) -> Run:
-    """The run in a folder; a `context` replaces the number of tokens that are read when playing.
+    """The run in a folder. If `context` is not 0, that many tokens are read when playing.
 
     ValueError if there is no run, or one that cannot be used.
     """

@@ -267,12 +267,12 @@ def train(run, args):
     step = 0
     if args.resume:
         step = load_state(run, target, optimizers)
-    elif RANK == 0:
+    elif RANK == 0:  # so that a run that is killed before its first checkpoint can be resumed
         save_state(run, target, optimizers, step)
     log = read_log(run, step)
     print_header(run)
     micro_batch_size, online.llama.recompute_layers = plan_memory(run)
-    q_values = QNetwork.forward
+    q_values = QNetwork.forward  # of the online or the target network
     if args.compile:
         q_values = compile_q_values(run, micro_batch_size)
     # On-policy trials are played once per collection, so such runs are resumed where one begins.
@@ -505,7 +505,7 @@ def refuse(names, reason):
 
 
 def create_run(recipe, out, device, trials):
-    """A new run. Its folder is made last, when nothing can go wrong any more."""
+    """A new run, to be evaluated on `trials` lakes. Its folder is made after all checks."""
     if out and RANK == 0 and any(out.glob("*")):
         raise ValueError(f"{out} is not empty: choose another --out, or --resume {out}.")
     if recipe.model:
@@ -545,7 +545,7 @@ def check_recipe(recipe, tokenizer, trials):
     if recipe.tokens < fewest:
         raise ValueError(f"--tokens has to be at least {fewest}, not {recipe.tokens}.")
     check_context(tokenizer, recipe.context, recipe.max_steps)
-    # These raise an error if there are too few such lakes, for tests or for the training.
+    # These raise an error if there are too few such lakes, for evaluations or for the training.
     unseen_lakes(max(EVAL_LAKES, trials), recipe.sides, recipe.goal_distance)
     new_lakes(recipe, max(ON_POLICY_LAKES, recipe.lakes), 1.0, np.random.default_rng(0))
 

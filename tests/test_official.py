@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from test_icrl import MARKERS, make_tokenizer, transcript_tokenizer
-from test_train import contents
+from test_train import INTERRUPT, contents, python
 
 import train
 from frozen_lake import FrozenLake, RandomAgent, random_lakes, rollout
@@ -135,6 +135,16 @@ def test_the_loss_falls_and_the_adapter_loads_in_peft(official, trained):
     theirs = transformers.LlamaForCausalLM.from_pretrained(base)
     q = q_of(peft.PeftModel.from_pretrained(theirs, trained), tokenizer, batch)
     torch.testing.assert_close(load_run(trained).network(*batch[:2]), q, atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_run_ends_with_the_same_adapter(official, trained, tmp_path):
+    """SIGKILL after the checkpoint at step 50, then --resume: all files are the same."""
+    folder = tmp_path / "ia3"
+    killed = ("-c", INTERRUPT, "polyak_update", 60, 9, train.__file__, "--model", official[0])
+    python(*killed, *FLAGS, "--out", folder, status=-9)
+    assert len((folder / "log.csv").read_text().splitlines()) == 51
+    train.main(["--resume", str(folder), "--trials", "2"])
+    assert contents(folder) == contents(trained)
 
 
 def test_bfloat16_and_chatml_train_too(tmp_path, capsys):

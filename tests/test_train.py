@@ -49,8 +49,9 @@ def interrupted(*arguments, original=getattr(owner, function)):
 setattr(owner, function, interrupted)
 del sys.argv[:4]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
+FIRST = [("replace", 9, 0), ("polyak_update", 3, 0)]  # in the first checkpoint, and before it
 INTERRUPTED = [  # settings; at which call of which function, and at which step it then continues
-    ("NEW", [("replace", 9, 0), ("replace", 5, 5), ("replace", 18, 25), ("replace", 5, 30)]),
+    ("NEW", [*FIRST, ("replace", 5, 5), ("replace", 18, 25), ("replace", 5, 30)]),
     ("NEW --on-policy 0 --steps 60 --collection-steps 20", [("polyak_update", 54, 50)]),
     ("--model RUN --steps 15", [("polyak_update", 5, 0), ("polyak_update", 13, 10)]),
 ]
@@ -65,6 +66,8 @@ BAD = """eval.py tsitching; eval.py shuffeld runs/1; eval.py RUN; eval.py watch 
     train.py --out TMP/file/run; train.py --model RUN --width 8;
     train.py --model RUN --muon-rate 1; train.py NEW --max-side 11;
     train.py NEW --goal-distance 0; train.py NEW --final-tokens 20; train.py NEW --gamma 1.5;
+    train.py NEW --shuffled 2; train.py NEW --final-tokens -1; train.py NEW --batch 0;
+    train.py NEW --learning-rate nan; eval.py unseen RUN --skip -1; eval.py unseen RUN --trials 0;
     train.py NEW --quality best; train.py NEW --heads 20; train.py NEW --tokens 2;
     train.py NEW --device nonsense; train.py NEW --eval-every 0; train.py NEW --trials 0;
     train.py NEW --steps many;
